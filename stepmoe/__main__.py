@@ -1,0 +1,35 @@
+"""The command line: `python -m stepmoe doctor`, and whatever is added to COMMANDS."""
+
+import argparse
+import sys
+from collections.abc import Sequence
+
+import stepmoe
+from stepmoe import doctor
+
+# Each module has `register(subparsers)`, which adds its parser and sets `run` on it: a function
+# from the parsed arguments to the exit status.
+COMMANDS = (doctor,)
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run one command.
+
+    Args:
+        argv: the arguments after `python -m stepmoe`; by default those of this process.
+
+    Returns:
+        The exit status: 0 when the command did what was asked.
+    """
+    parser = argparse.ArgumentParser(prog="python -m stepmoe")
+    parser.add_argument("--version", action="version", version=f"stepmoe {stepmoe.__version__}")
+    subparsers = parser.add_subparsers(required=True, metavar="command")
+    for command in COMMANDS:
+        command.register(subparsers)
+    args = parser.parse_args(argv)
+    status: int = args.run(args)
+    return status
+
+
+if __name__ == "__main__":
+    sys.exit(main())

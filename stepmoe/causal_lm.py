@@ -1,0 +1,266 @@
+"""Step3p5ForCausalLM: embedding, a stack of one variant's layers, final norm and head, on one rank."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+
+import torch
+from torch import Tensor, nn
+
+from stepmoe.capture import Capture
+from stepmoe.checkpoint import Checkpoint, random_tensor
+from stepmoe.comm.communicator import Communicator
+from stepmoe.comm.groups import build_groups, world_size
+from stepmoe.comm.placement import Placed
+from stepmoe.config import Step3p5Config
+from stepmoe.errors import ConfigError
+from stepmoe.launch.rank import rank_device
+from stepmoe.model.kv_cache import KVCache
+from stepmoe.model.norm import GemmaRMSNorm
+from stepmoe.parallel import ParallelConfig, TensorLayout, tensor_layouts
+from stepmoe.variants import DecoderLayer, Step, layer_class
+
+Variant = str | type[DecoderLayer]
+
+
+class DecoderStack(nn.Module):
+    """Embedding, decoder layers and final norm; the names are the checkpoint's `model.` prefix."""
+
+    def __init__(
+        self,
+        config: Step3p5Config,
+        parallel: ParallelConfig,
+        layer: type[DecoderLayer],
+        comm: Communicator,
+    ) -> None:
+        super().__init__()
+        self.embed_tokens = nn.Embedding(config.vocab_size, config.hidden_size)
+        self.layers = nn.ModuleList(
+            layer(config, parallel, index, comm) for index in range(config.num_hidden_layers)
+        )
+        self.norm = GemmaRMSNorm(config.hidden_size, config.rms_norm_eps)
+
+
+class Step3p5ForCausalLM(nn.Module):
+    """One rank's share of a Step-3.5 model. Make it with `from_pretrained` or `from_config`.
+
+    Every rank of the group calls the model with the same input_ids and gets the same logits.
+    """
+
+    def __init__(
+        self, config: Step3p5Config, variant: Variant, parallel: ParallelConfig, dtype: torch.dtype
+    ) -> None:
+        super().__init__()
+        layer = layer_class(variant)
+        parallel.check(config)
+        _check_alignment(config, parallel, dtype)
+        self.config, self.parallel, self.layer_class = config, parallel, layer
+        self.groups = build_groups(parallel)
+        self.comm = Communicator(self.groups["tp"])
+        with torch.device("meta"):
+            self.model = DecoderStack(config, parallel, layer, self.comm)
+            self.lm_head = nn.Linear(config.hidden_size, config.vocab_size, bias=False)
+        self.requires_grad_(False)
+
+    @classmethod
+    def from_pretrained(
+        cls,
+        path: str | Path,
+        variant: Variant = "deferred",
+        parallel: ParallelConfig | None = None,
+        dtype: torch.dtype | None = None,
+        device: str | torch.device | None = None,
+    ) -> Step3p5ForCausalLM:
+        """Read a published checkpoint; each rank reads only its slice of each tensor.
+
+        Args:
+            path: folder with config.json and safetensors, one file or an index of shards.
+            variant: one of sm.VARIANTS, or a DecoderLayer subclass.
+            parallel: layout over the ranks; None means tp over all ranks of this job.
+            dtype: of weights and activations; None means the checkpoint's own.
+            device: None means this rank's device.
+
+        Raises:
+            ConfigError: the layout does not fit the shape or the number of ranks.
+            CheckpointError: a tensor is missing, surplus, misshapen or truncated.
+        """
+        config = Step3p5Config.from_pretrained(path)
+        checkpoint = Checkpoint(path)
+        checkpoint.expect(tensor_layouts(config, ParallelConfig(), 0), config.num_hidden_layers)
+        return cls._filled(config, checkpoint.read, variant, parallel, dtype, device)
+
+    @classmethod
+    def from_config(
+        cls,
+        config: Step3p5Config,
+        variant: Variant = "deferred",
+        parallel: ParallelConfig | None = None,
+        dtype: torch.dtype | None = None,
+        device: str | torch.device | None = None,
+        seed: int = 0,
+    ) -> Step3p5ForCausalLM:
+        """The same with random weights: one seed gives the same model however it is cut."""
+
+        def source(name: str, layout: TensorLayout) -> Tensor:
+            return random_tensor(name, layout, seed)
+
+        return cls._filled(config, source, variant, parallel, dtype, device)
+
+    @classmethod
+    def _filled(
+        cls,
+        config: Step3p5Config,
+        source: Callable[[str, TensorLayout], Tensor],
+        variant: Variant,
+        parallel: ParallelConfig | None,
+        dtype: torch.dtype | None,
+        device: str | torch.device | None,
+    ) -> Step3p5ForCausalLM:
+        dtype = dtype or getattr(torch, config.torch_dtype)
+        device = torch.device(device) if device is not None else rank_device()
+        model = cls(config, variant, parallel or ParallelConfig(tp=world_size()), dtype)
+        state = {}
+        for name, layout in tensor_layouts(config, model.parallel, model.comm.group.index).items():
+            # The router's bias only steers a choice between float32 scores.
+            is_bias = name.endswith("router_bias")
+            kept = torch.promote_types(dtype, torch.float32) if is_bias else dtype
+            state[name] = source(name, layout).to(device, kept)
+        model.load_state_dict(state, assign=True)
+        return model.requires_grad_(False)
+
+    def new_cache(self) -> KVCache:
+        """An empty key-value cache, to be passed to every call of one decoding."""
+        return KVCache(self.config)
+
+    @torch.no_grad()
+    def forward(
+        self, input_ids: Tensor, cache: KVCache | None = None, capture: Capture | None = None
+    ) -> Tensor:
+        """Logits (batch, length, vocab) of input_ids (batch, length) int64, on every rank the same.
+
+        Args:
+            input_ids: the same on every rank; with a cache, only the tokens that are new.
+            cache: from new_cache(); remembers the tokens for the next call.
+            capture: records named intermediate values.
+        """
+        batch, length = self._check_input(input_ids, cache)
+        step, own_rows = self._step(batch, length, cache, capture)
+        hidden_states = self._embed(input_ids.to(self.lm_head.weight.device), step, own_rows)
+        residual: Placed | None = None
+        for layer in self.model.layers:
+            hidden_states, residual = layer(hidden_states, residual, step)
+            if capture is not None and capture.wants(layer.index):
+                self._capture_layer(capture, layer.index, hidden_states, residual)
+        if cache is not None:
+            cache.length += length
+
+        last: DecoderLayer = self.model.layers[-1]
+        hidden_states, _ = last.add_norm(self.model.norm, last.flush(hidden_states), residual)
+        hidden_states.name, hidden_states.layer = "final_norm", None
+        if hidden_states.is_sharded:
+            hidden_states = self.comm.all_gather(hidden_states, "lm_head")
+        logits: Tensor = self.lm_head(hidden_states.replicated("lm_head").tensor)
+        return logits.view(batch, length, -1)
+
+    @torch.no_grad()
+    def generate(self, input_ids: Tensor, max_new_tokens: int = 16) -> Tensor:
+        """Greedy continuation: (batch, length) to (batch, length + at most max_new_tokens).
+
+        Ends early when every sequence has produced an end-of-sequence token; a sequence that ended
+        before the others is filled up with that token.
+        """
+        if max_new_tokens < 1:
+            raise ConfigError(f"max_new_tokens must be at least 1, got {max_new_tokens}")
+        input_ids = input_ids.to(self.lm_head.weight.device)
+        cache, new = self.new_cache(), input_ids
+        eos = torch.tensor(self.config.eos_token_ids, device=input_ids.device, dtype=torch.int64)
+        ended = torch.zeros(len(input_ids), 1, dtype=torch.bool, device=input_ids.device)
+        for _ in range(max_new_tokens):
+            new = self(new, cache)[:, -1:].argmax(-1)
+            if len(eos):
+                new = torch.where(ended, eos[0], new)
+                ended |= torch.isin(new, eos)
+            input_ids = torch.cat((input_ids, new), dim=1)
+            if bool(ended.all()):
+                break
+        return input_ids
+
+    def _step(
+        self, batch: int, length: int, cache: KVCache | None, capture: Capture | None
+    ) -> tuple[Step, int]:
+        """What the layers need to know of this pass, and the sequences each rank holds (dp)."""
+        tp, index = self.comm.group.size, self.comm.group.index
+        rows_per_rank = -(-batch // tp)
+        if self.parallel.attention == "dp":
+            own = min(max(batch - index * rows_per_rank, 0), rows_per_rank)
+            tokens_per_rank = rows_per_rank * length
+        else:
+            own, tokens_per_rank = batch, -(-batch * length // tp)
+        if capture is not None:
+            capture.begin(batch, length, self.config.num_hidden_layers)
+        start = 0 if cache is None else cache.length
+        return Step(own, length, start, tokens_per_rank, cache, capture), rows_per_rank
+
+    def _embed(self, input_ids: Tensor, step: Step, rows_per_rank: int) -> Placed:
+        """Embedding of all tokens, or of this rank's own where the variant keeps tokens sharded."""
+        embedded = self.model.embed_tokens(input_ids.flatten())
+        whole = self.comm.replicated(embedded, "embed_tokens")
+        if self.parallel.attention == "dp" or self.layer_class.shards_residual:
+            return self.comm.keep_own_tokens(whole, step.tokens_per_rank)
+        return whole
+
+    def _capture_layer(
+        self, capture: Capture, index: int, mlp_output: Placed, residual: Placed
+    ) -> None:
+        """What leaves a layer: residual is complete; the MLP's part may be pending."""
+        for name, value in (("post_attn_residual", residual), ("mlp_output", mlp_output)):
+            capture.record(self.comm, index, name, value)
+        states = capture[index]
+        states["layer_output"] = states["post_attn_residual"] + states["mlp_output"]
+
+    def _check_input(self, input_ids: Tensor, cache: KVCache | None) -> tuple[int, int]:
+        if input_ids.dim() != 2 or input_ids.dtype not in (torch.int64, torch.int32):
+            raise ConfigError(
+                f"input_ids must be a (batch, length) int64 tensor, got {input_ids.dtype} "
+                f"of shape {tuple(input_ids.shape)}"
+            )
+        batch, length = input_ids.shape
+        if batch == 0 or length == 0:
+            raise ConfigError(f"input_ids of shape {batch} x {length} hold no token")
+        if not input_ids.is_cuda:  # on the device the check would wait for it
+            low, high = int(input_ids.min()), int(input_ids.max())
+            if low < 0 or high >= self.config.vocab_size:
+                raise ConfigError(
+                    f"input_ids hold {low if low < 0 else high}, outside the vocabulary of "
+                    f"{self.config.vocab_size}"
+                )
+        start = 0 if cache is None else cache.length
+        if start + length > self.config.max_position_embeddings:
+            raise ConfigError(
+                f"{start} cached + {length} new tokens exceed max_position_embeddings = "
+                f"{self.config.max_position_embeddings}"
+            )
+        if cache is not None:
+            if cache.batch_size not in (None, batch):
+                raise ConfigError(
+                    f"the cache holds {cache.batch_size} sequences, input_ids {batch}: "
+                    "use one cache for one batch"
+                )
+            cache.batch_size = batch
+        return batch, length
+
+
+def _check_alignment(
+    config: Step3p5Config, parallel: ParallelConfig, dtype: torch.dtype
+) -> None:
+    """grouped_mm needs rows of a multiple of 16 bytes (torch 2.11 to 2.13, CPU and CUDA)."""
+    if dtype is torch.float64:
+        return
+    size_local = config.moe_intermediate_size // parallel.moe_tp
+    for name, size in (("hidden_size", config.hidden_size), ("moe_intermediate_size / (tp/ep)", size_local)):
+        if config.moe_layers and size * dtype.itemsize % 16:
+            raise ConfigError(
+                f"{name} = {size} in {dtype} makes rows of {size * dtype.itemsize} bytes; the grouped "
+                "matrix product of the experts needs a multiple of 16: choose another ep, or float64"
+            )

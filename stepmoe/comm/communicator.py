@@ -1,0 +1,156 @@
+"""Communicator: the collectives a decoder layer may use, over one group.
+
+Every method takes and returns Placed tensors, checks that the collective fits the placement, and
+writes one ledger entry. With a group of one rank nothing is sent and nothing is recorded: the sum
+of one addend is complete.
+"""
+
+from __future__ import annotations
+
+import torch.distributed as dist
+import torch.nn.functional as F
+from torch import Tensor
+
+from stepmoe.comm.fusion import choose
+from stepmoe.comm.groups import RankGroup
+from stepmoe.comm.ledger import Entry, record
+from stepmoe.comm.placement import PARTIAL, REPLICATE, TOKEN_SHARD, Placed
+from stepmoe.errors import PlacementError
+from stepmoe.kernels.norm import add_gemma_rms_norm
+
+
+class Communicator:
+    """Collectives over `group`, which is passed in and never looked up."""
+
+    def __init__(self, group: RankGroup) -> None:
+        self.group = group
+
+    def replicated(self, tensor: Tensor, name: str, layer: int | None = None) -> Placed:
+        """Declare that every rank holds this same (T, D) tensor."""
+        return Placed(tensor, REPLICATE, self.group, tensor.shape[0], name, layer)
+
+    def partial(self, tensor: Tensor, name: str, layer: int | None = None) -> Placed:
+        """Declare that the value is the sum of every rank's (T, D) tensor."""
+        return Placed(tensor, PARTIAL, self.group, tensor.shape[0], name, layer)
+
+    def sharded(self, tensor: Tensor, num_tokens: int, name: str, layer: int | None = None) -> Placed:
+        """Declare that this rank holds (T_local, D) of num_tokens tokens, padded to equal T_local."""
+        return Placed(tensor, TOKEN_SHARD, self.group, num_tokens, name, layer)
+
+    def all_reduce(self, partial: Placed, site: str) -> Placed:
+        """Partial (T, D) to Replicate (T, D): the sum, on every rank.
+
+        The partial tensor's memory is overwritten with the sum.
+        """
+        self._expect_partial(partial, "all_reduce")
+        done = partial.with_(partial.tensor, REPLICATE)
+        partial.spent = True
+        if self.group.size > 1:
+            with record(self._entry("all_reduce", done, partial.tensor, site), partial.tensor.device):
+                dist.all_reduce(partial.tensor, group=self.group.process_group)
+        return done
+
+    def reduce_scatter(self, partial: Placed, tokens_per_rank: int, site: str) -> Placed:
+        """Partial (T, D) to Shard (tokens_per_rank, D): each rank gets the sum of its own tokens.
+
+        T is padded with zeros to group size x tokens_per_rank, which must hold it.
+        """
+        self._expect_partial(partial, "reduce_scatter")
+        partial.spent = True
+        padded = _pad(partial.tensor, self.group.size * tokens_per_rank)
+        if self.group.size == 1:
+            return partial.with_(padded, TOKEN_SHARD)
+        own = padded.new_empty(tokens_per_rank, padded.shape[1])
+        done = partial.with_(own, TOKEN_SHARD)
+        with record(self._entry("reduce_scatter", done, padded, site), padded.device):
+            dist.reduce_scatter_tensor(own, padded, group=self.group.process_group)
+        return done
+
+    def all_gather(self, shard: Placed, site: str) -> Placed:
+        """Shard (T_local, D) to Replicate (T, D): every rank's tokens, the padding taken off."""
+        shard.complete("all_gather")
+        self._expect_own_group(shard, "all_gather")
+        if not shard.is_sharded:
+            raise PlacementError(
+                f"{shard} is {shard.describe()}: every rank holds it already, and gathering it "
+                f"would repeat every token {self.group.size} times. Leave the all_gather out."
+            )
+        if self.group.size == 1:
+            return shard.with_(shard.tensor[: shard.num_tokens], REPLICATE)
+        own = shard.tensor.contiguous()
+        every = own.new_empty(self.group.size * own.shape[0], own.shape[1])
+        done = shard.with_(every[: shard.num_tokens], REPLICATE)
+        with record(self._entry("all_gather", done, every, site), own.device):
+            dist.all_gather_into_tensor(every, own, group=self.group.process_group)
+        return done
+
+    def all_reduce_add_rms_norm(
+        self, partial: Placed, residual: Placed, weight: Tensor, eps: float, site: str
+    ) -> tuple[Placed, Placed]:
+        """Complete a pending sum, add it to the residual and normalise, as one operation.
+
+        weight (D,) and eps are the Gemma norm's. Returns (normalised, residual), both Replicate and
+        in the dtype of partial. `fusion.choose` says which implementation runs.
+        """
+        self._expect_partial(partial, "all_reduce_add_rms_norm")
+        residual.replicated("all_reduce_add_rms_norm")
+        tensor = partial.tensor
+        done = partial.with_(tensor, REPLICATE)
+        partial.spent = True
+        choice = choose(tensor.shape[0], tensor.shape[1], tensor.dtype, tensor.device)
+        entry = self._entry("all_reduce_add_rms_norm", done, tensor, site)
+        entry.implementation, entry.reason = choice.implementation, choice.reason
+        with record(entry, tensor.device):
+            if self.group.size > 1:
+                dist.all_reduce(tensor, group=self.group.process_group)
+            normed, total = add_gemma_rms_norm(tensor, residual.tensor, weight, eps)
+        return done.with_(normed, name="hidden_states"), residual.with_(total)
+
+    def keep_own_tokens(self, whole: Placed, tokens_per_rank: int) -> Placed:
+        """Replicate (T, D) to Shard (tokens_per_rank, D) without communication: drop the others'."""
+        whole.replicated("keep_own_tokens")
+        padded = _pad(whole.tensor, self.group.size * tokens_per_rank)
+        start = self.group.index * tokens_per_rank
+        return whole.with_(padded[start : start + tokens_per_rank], TOKEN_SHARD)
+
+    def _expect_own_group(self, placed: Placed, op: str) -> None:
+        if placed.group != self.group:
+            raise PlacementError(
+                f"{placed} is {placed.describe()}, but the {op} runs over {self.group}: "
+                f"the result would leave out ranks or count some twice. Use the {placed.group.name} "
+                "group's communicator."
+            )
+
+    def _expect_partial(self, placed: Placed, op: str) -> None:
+        placed.unspent(op)
+        if not placed.is_partial:
+            raise PlacementError(
+                f"{placed} is {placed.describe()}: its sum is complete, and another {op} would "
+                f"multiply it by {self.group.size}. Leave the {op} out."
+            )
+        self._expect_own_group(placed, op)
+
+    def _entry(self, op: str, done: Placed, wire: Tensor, site: str) -> Entry:
+        """Ledger entry: `wire` is the whole tensor that crosses the group."""
+        return Entry(
+            op=op,
+            kind="collective" if self.group.size > 1 else "local",
+            layer=done.layer,
+            site=site,
+            group=self.group.name,
+            group_size=self.group.size,
+            shape=tuple(wire.shape),
+            dtype=str(wire.dtype).removeprefix("torch."),
+            bytes=wire.numel() * wire.element_size(),
+            tensor=done.name,
+            placement=type(done.placement).__name__,
+        )
+
+
+def _pad(tensor: Tensor, num_tokens: int) -> Tensor:
+    """(T, D) with rows of zeros appended up to num_tokens."""
+    missing = num_tokens - tensor.shape[0]
+    if missing < 0:
+        raise ValueError(f"{tensor.shape[0]} tokens do not fit in {num_tokens}")
+    return F.pad(tensor, (0, 0, 0, missing)) if missing else tensor.contiguous()
+

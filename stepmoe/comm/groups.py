@@ -1,0 +1,106 @@
+"""RankGroup: a named set of ranks that can sum together. Groups are passed, never global."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+
+import torch.distributed as dist
+
+from stepmoe.errors import ConfigError
+from stepmoe.parallel import ParallelConfig
+
+
+@dataclass(frozen=True)
+class RankGroup:
+    """Ranks that communicate with each other. Groups of the same ranks are equal.
+
+    Attributes:
+        name: "tp", "moe_tp" or "ep".
+        ranks: their numbers within the torch.distributed world, in group order.
+        index: the position of this process in `ranks`.
+        process_group: the torch.distributed group; None where there is nobody to talk to.
+    """
+
+    name: str = field(compare=False)
+    ranks: tuple[int, ...]
+    index: int = 0
+    process_group: dist.ProcessGroup | None = field(default=None, compare=False, repr=False)
+
+    @property
+    def size(self) -> int:
+        return len(self.ranks)
+
+    def __str__(self) -> str:
+        return f"{self.name} (ranks {', '.join(map(str, self.ranks))})"
+
+
+def world_size() -> int:
+    """Ranks in this torch.distributed job; 1 where it is not initialised."""
+    return dist.get_world_size() if dist.is_initialized() else 1
+
+
+def build_groups(parallel: ParallelConfig) -> dict[str, RankGroup]:
+    """The groups of this process: "tp", and within it "moe_tp" and "ep".
+
+    With more ranks than tp, every tp consecutive ranks are one replica of the model. Every rank of
+    the job must call this together, as torch.distributed demands of new groups.
+
+    Raises:
+        ConfigError: the job's rank count is not a multiple of tp; no rank waits for another.
+    """
+    world = world_size()
+    if world % parallel.tp:
+        raise ConfigError(
+            f"tp={parallel.tp} needs a multiple of {parallel.tp} ranks, this job has {world}: "
+            f"use Ranks({parallel.tp}) or torchrun --nproc-per-node {parallel.tp}"
+        )
+    rank = dist.get_rank() if dist.is_initialized() else 0
+    return {
+        name: _own_group(name, _all_groups(name, parallel, world), rank, world)
+        for name in ("tp", "moe_tp", "ep")
+    }
+
+
+def _all_groups(name: str, parallel: ParallelConfig, world: int) -> list[tuple[int, ...]]:
+    """Every group of this kind in the job: tp ranks in a row; in each, moe_tp in a row, ep across."""
+    groups = []
+    for start in range(0, world, parallel.tp):
+        block = tuple(range(start, start + parallel.tp))
+        if name == "tp":
+            groups.append(block)
+        elif name == "moe_tp":
+            groups += [block[i : i + parallel.moe_tp] for i in range(0, parallel.tp, parallel.moe_tp)]
+        else:
+            groups += [block[i :: parallel.moe_tp] for i in range(parallel.moe_tp)]
+    return groups
+
+
+def _own_group(name: str, groups: list[tuple[int, ...]], rank: int, world: int) -> RankGroup:
+    ranks = next(group for group in groups if rank in group)
+    process_group = None
+    if len(ranks) == world and world > 1:
+        process_group = dist.group.WORLD
+    elif len(ranks) > 1:
+        process_group = _process_group(groups, rank)
+    return RankGroup(name, ranks, ranks.index(rank), process_group)
+
+
+# torch.distributed never frees a subgroup by itself, so models of one layout share theirs. The key
+# holds the world group itself: after a re-initialisation the old entries no longer match.
+_subgroups: dict[tuple[tuple[int, ...], ...], tuple[dist.ProcessGroup, dist.ProcessGroup]] = {}
+
+
+def _process_group(groups: list[tuple[int, ...]], rank: int) -> dist.ProcessGroup:
+    world = dist.group.WORLD
+    assert world is not None
+    known = _subgroups.get(tuple(groups))
+    if known is not None and known[0] is world:
+        return known[1]
+    own = None
+    for ranks in groups:  # every rank takes part in the making of every group
+        made = dist.new_group(list(ranks))
+        if rank in ranks:
+            own = made
+    assert own is not None
+    _subgroups[tuple(groups)] = (world, own)
+    return own

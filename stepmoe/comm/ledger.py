@@ -1,0 +1,194 @@
+"""Ledger: every collective of this rank, with its layer, site, size and time.
+
+    with sm.Ledger() as ledger:
+        model(input_ids)
+    ledger.counts()        # {"all_reduce": 11}
+    print(ledger)
+
+Without an open ledger nothing is recorded and nothing is timed.
+"""
+
+from __future__ import annotations
+
+import time
+from collections import Counter
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, field, replace
+from typing import Any, Literal
+
+import torch
+
+
+@dataclass
+class Entry:
+    """One step of this rank: a collective, or local work between collectives.
+
+    Attributes:
+        op: "all_reduce", "reduce_scatter", "all_gather", "all_reduce_add_rms_norm"; for local work
+            what was computed ("attention").
+        kind: "collective" or "local".
+        group: name of the group ("tp"); empty for local work.
+        group_size: ranks in it.
+        shape: of the whole tensor that crosses the group: what all_reduce and reduce_scatter take,
+            what all_gather returns, padding included.
+        dtype: as torch spells it, without "torch." ("bfloat16").
+        bytes: shape times size of dtype.
+        layer: decoder layer, None outside the layers.
+        site: where in the layer ("o_proj", "mlp").
+        tensor: name of the tensor that came out.
+        placement: of that tensor: "Replicate", "Shard", "Partial".
+        start: seconds since the ledger opened.
+        seconds: how long this rank spent in it, waiting for slower ranks included. On a GPU this is
+            the time between two CUDA events.
+        implementation: which code carried a fused operation out; reason: why that one.
+    """
+
+    op: str
+    kind: Literal["collective", "local"]
+    layer: int | None
+    site: str = ""
+    group: str = ""
+    group_size: int = 1
+    shape: tuple[int, ...] = ()
+    dtype: str = ""
+    bytes: int = 0
+    tensor: str = ""
+    placement: str = ""
+    start: float = 0.0
+    seconds: float = 0.0
+    implementation: str = ""
+    reason: str = ""
+
+    @property
+    def bytes_sent(self) -> float:
+        """Fewest bytes this rank must send: the bandwidth-optimal ring's share.
+
+        2 (n-1)/n of the tensor for an all_reduce, (n-1)/n for reduce_scatter and all_gather
+        (Patarasu and Yuan, "Bandwidth optimal all-reduce algorithms", 2009). A backend may send more.
+        """
+        if self.kind == "local":
+            return 0.0
+        halves = 2 if self.op.startswith("all_reduce") else 1
+        return halves * self.bytes * (self.group_size - 1) / self.group_size
+
+
+@dataclass
+class Ledger:
+    """Collects what this rank does while it is open. Ledgers nest, and travel between processes."""
+
+    steps: list[Entry] = field(default_factory=list)
+    notes: list[str] = field(default_factory=list)
+    rank: int = 0
+    _opened: float = field(default=0.0, repr=False)
+    _pending: list[tuple[Entry, Any]] = field(default_factory=list, repr=False)
+
+    def __enter__(self) -> Ledger:
+        dist = torch.distributed
+        self.rank = dist.get_rank() if dist.is_available() and dist.is_initialized() else 0
+        self._opened = time.perf_counter()
+        _open.append(self)
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        _open.remove(self)
+        for entry, (begin, end) in self._pending:
+            end.synchronize()
+            entry.seconds = begin.elapsed_time(end) / 1e3
+        self._pending.clear()
+
+    @property
+    def entries(self) -> list[Entry]:
+        """The collectives, in order."""
+        return [step for step in self.steps if step.kind == "collective"]
+
+    def counts(self) -> dict[str, int]:
+        """How many collectives of each kind."""
+        return dict(Counter(entry.op for entry in self.entries))
+
+    def bytes_sent(self) -> float:
+        """Fewest bytes this rank must have sent, over all collectives."""
+        return sum(entry.bytes_sent for entry in self.entries)
+
+    def of_layer(self, layer: int | None) -> list[Entry]:
+        """The collectives of one decoder layer (None: those outside the layers)."""
+        return [entry for entry in self.entries if entry.layer == layer]
+
+    def __str__(self) -> str:
+        rows = [f"{'layer':>5}  {'site':<16}{'collective':<26}{'group':<8}{'shape':<16}{'sends':>12}"]
+        for e in self.entries:
+            layer = "-" if e.layer is None else e.layer
+            shape = " x ".join(map(str, e.shape))
+            op = f"{e.op} [{e.implementation}]" if e.implementation else e.op
+            rows.append(
+                f"{layer:>5}  {e.site:<16}{op:<26}{e.group:<8}{shape:<16}{e.bytes_sent:>10,.0f} B"
+            )
+        total = ", ".join(f"{n} {op}" for op, n in self.counts().items()) or "no collective"
+        reasons = sorted({f"{e.implementation}: {e.reason}" for e in self.entries if e.reason})
+        total = f"total: {total}; {self.bytes_sent():,.0f} B sent"
+        return "\n".join([*rows, total, *reasons, *self.notes])
+
+
+_open: list[Ledger] = []
+_in_flight: Entry | None = None
+
+
+def is_recording() -> bool:
+    """Whether any ledger is open in this process."""
+    return bool(_open)
+
+
+def note(text: str) -> None:
+    """Write a remark to every open ledger, once each: what ran instead of what was asked, and why."""
+    for ledger in _open:
+        if text not in ledger.notes:
+            ledger.notes.append(text)
+
+
+def in_flight() -> str | None:
+    """The collective this process is inside at this moment, in words; None if in none.
+
+    Another thread may ask: it is how a rank that waits is told from one that computes.
+    """
+    entry = _in_flight
+    if entry is None:
+        return None
+    layer = "outside the layers" if entry.layer is None else f"layer {entry.layer}"
+    return f"{entry.op} of {entry.tensor}, {layer}, {entry.site}, group {entry.group}"
+
+
+@contextmanager
+def record(entry: Entry, device: torch.device) -> Iterator[Entry]:
+    """Around one step: marks a collective as in flight, and times it if a ledger is open."""
+    global _in_flight
+    if entry.kind == "collective":
+        _in_flight = entry
+    try:
+        if _open:
+            with _timed(entry, device):
+                yield entry
+        else:
+            yield entry
+    finally:
+        if entry.kind == "collective":
+            _in_flight = None
+
+
+@contextmanager
+def _timed(entry: Entry, device: torch.device) -> Iterator[None]:
+    ledgers = list(_open)
+    begin = time.perf_counter()
+    if device.type == "cuda":
+        events = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)
+        events[0].record()
+        yield
+        events[1].record()
+    else:
+        events = None
+        yield
+        entry.seconds = time.perf_counter() - begin
+    for ledger in ledgers:
+        kept = replace(entry, start=begin - ledger._opened)
+        ledger.steps.append(kept)
+        if events:
+            ledger._pending.append((kept, events))

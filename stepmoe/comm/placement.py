@@ -1,0 +1,114 @@
+"""Placed: a tensor together with where its value lives, so that a wrong sum cannot pass in silence.
+
+The words are torch.distributed.tensor's. Over a group of n ranks a tensor is
+  Replicate   whole and equal on every rank,
+  Shard(0)    cut by tokens: each rank holds its own,
+  Partial     of the full shape on every rank, the value being the *sum* of all n.
+The check compares Python objects: it sends nothing and touches no tensor.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, replace
+
+from torch import Tensor
+from torch.distributed.tensor.placement_types import Partial, Placement, Replicate, Shard
+
+from stepmoe.comm.groups import RankGroup
+from stepmoe.errors import PlacementError
+
+REPLICATE = Replicate()
+TOKEN_SHARD = Shard(0)
+PARTIAL = Partial()
+
+
+@dataclass(slots=True, eq=False)
+class Placed:
+    """A tensor of tokens x hidden and its placement over a group.
+
+    Attributes:
+        tensor: what this rank holds: (T, D), or (T_local, D) under Shard.
+        placement: Replicate(), Shard(0) or Partial().
+        group: the ranks the placement speaks of.
+        num_tokens: T, the tokens of the whole tensor (without padding).
+        name: what it is, for messages and the ledger ("attn_output").
+        layer: decoder layer it belongs to; None outside the layers.
+        spent: a reduction has overwritten the tensor; this description of it no longer holds.
+    """
+
+    tensor: Tensor
+    placement: Placement
+    group: RankGroup
+    num_tokens: int
+    name: str
+    layer: int | None = None
+    spent: bool = False
+
+    @property
+    def is_partial(self) -> bool:
+        return isinstance(self.placement, Partial)
+
+    @property
+    def is_sharded(self) -> bool:
+        return isinstance(self.placement, Shard)
+
+    def with_(
+        self, tensor: Tensor, placement: Placement | None = None, name: str | None = None
+    ) -> Placed:
+        """The same tokens of the same layer with another value, placement or name."""
+        return replace(
+            self,
+            tensor=tensor,
+            placement=placement or self.placement,
+            name=name or self.name,
+            spent=False,
+        )
+
+    def complete(self, operation: str) -> Placed:
+        """Self, unless its sum is still pending: a nonlinear operation must not see a partial sum."""
+        self.unspent(operation)
+        if self.is_partial:
+            raise PlacementError(
+                f"{self}: {operation} needs the complete value, but this is a partial sum over "
+                f"{self.group}. Reduce it first (all_reduce or reduce_scatter over {self.group.name})."
+            )
+        return self
+
+    def unspent(self, operation: str) -> Placed:
+        """Self, unless a reduction already overwrote it: adding it up again would count it twice."""
+        if self.spent:
+            raise PlacementError(
+                f"{self}: {operation} of a partial sum that was already reduced over {self.group}. "
+                "Use what the reduction returned."
+            )
+        return self
+
+    def replicated(self, operation: str) -> Placed:
+        """Self, if every rank holds all of it; the operation needs every token."""
+        if self.complete(operation).is_sharded:
+            raise PlacementError(
+                f"{self}: {operation} needs every token on every rank, but each rank of "
+                f"{self.group} holds only its own. all_gather it first."
+            )
+        return self
+
+    def __add__(self, other: Placed) -> Placed:
+        """Sum of two tensors of one placement; partial + partial stays partial."""
+        self.unspent("the sum")
+        other.unspent("the sum")
+        if self.placement != other.placement or self.group != other.group:
+            raise PlacementError(
+                f"{self} is {self.describe()} and {other} is {other.describe()}: their sum has no "
+                f"meaning. A complete value added to a partial sum would be counted "
+                f"{self.group.size} times by the reduction that follows; complete the sum first."
+            )
+        return self.with_(self.tensor + other.tensor, name=f"{self.name} + {other.name}")
+
+    def describe(self) -> str:
+        """The placement in words, with its group."""
+        word = "Partial" if self.is_partial else "Shard(tokens)" if self.is_sharded else "Replicate"
+        return f"{word} over {self.group}"
+
+    def __str__(self) -> str:
+        where = "outside the layers" if self.layer is None else f"layer {self.layer}"
+        return f"{where}, {self.name}"

@@ -1,0 +1,71 @@
+"""What the notebook and a rank tell each other, as plain data."""
+
+from dataclasses import dataclass
+
+
+@dataclass
+class Setup:
+    """How one rank takes part.
+
+    Attributes:
+        rendezvous: a path that all ranks share, or "host:port" of a store in rank 0.
+        keep_groups: leave the groups of a failed call alone; their destruction can block on NCCL,
+            and the rank will be ended anyway.
+        umask: the notebook's, which files a function writes shall have.
+    """
+
+    rank: int
+    world: int
+    local_rank: int
+    ranks_here: int
+    device: str
+    backend: str
+    rendezvous: str
+    keep_groups: bool
+    umask: int
+
+
+@dataclass
+class Frame:
+    """One line of a rank's stack; the notebook knows the source of its own cells."""
+
+    filename: str
+    line: int
+    function: str
+    source: str
+
+
+@dataclass
+class Failure:
+    """An exception in a rank, as plain data.
+
+    Attributes:
+        name, text: the exception's class, and how Python prints it ("ValueError: no").
+        consequence: a peer closed a connection, so the cause is elsewhere.
+        time: when, in seconds since the epoch.
+        parent: the exception it was raised from or while handling.
+    """
+
+    name: str
+    text: str
+    frames: list[Frame]
+    consequence: bool
+    time: float
+    parent: "Failure | None" = None
+
+
+@dataclass
+class Answer:
+    """How a call ended in one rank: exactly one of these is set.
+
+    Attributes:
+        value: the pickled result.
+        failure: what the function raised.
+        interrupted: where the rank was when it was told to stop.
+        unsendable: why the result cannot be sent, naming its type.
+    """
+
+    value: bytes | None = None
+    failure: Failure | None = None
+    interrupted: str | None = None
+    unsendable: str | None = None

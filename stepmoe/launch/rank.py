@@ -1,0 +1,104 @@
+"""What a function running in a rank may use: its device, a store that lasts between calls.
+
+Needs torch alone, so that the same functions run under `torchrun` without a notebook.
+"""
+
+import os
+import socket
+from typing import Any
+
+import torch
+import torch.distributed as dist
+
+from stepmoe.errors import ConfigError
+
+DEVICES = ("auto", "cpu", "cuda")
+
+#: Kept in this rank from one `Ranks.run` to the next (a model, say). Emptied when a call fails,
+#: because what it holds may refer to process groups that no longer exist.
+state: dict[str, Any] = {}
+
+
+def rank_device() -> torch.device:
+    """The device of this rank: `STEPMOE_DEVICE`, else a GPU for torchrun's `LOCAL_RANK`, else one.
+
+    Returns:
+        `cpu` or `cuda:i`. Ranks that are more than the GPUs share them in turn.
+    """
+    named = os.environ.get("STEPMOE_DEVICE")
+    if named:
+        return torch.device(named)
+    if not torch.cuda.is_available():
+        return torch.device("cpu")
+    return torch.device("cuda", int(os.environ.get("LOCAL_RANK", "0")) % torch.cuda.device_count())
+
+
+def init_distributed(device: str = "auto") -> torch.device:
+    """Initialise torch.distributed as `Ranks` does, from the environment that torchrun sets.
+
+    Does nothing in a process that has done so already, and makes a world of one where there is
+    no torchrun: a script that starts with this line runs in a rank, under torchrun and alone.
+
+    Args:
+        device: "cpu", "cuda" or "auto" (GPUs where there are some).
+    Returns:
+        The device of this rank.
+    Raises:
+        ConfigError: an unknown device, or "cuda" on a machine without GPUs.
+    """
+    if dist.is_initialized():
+        return rank_device()
+    check_device(device)
+    rank, world = int(os.environ.get("RANK", "0")), int(os.environ.get("WORLD_SIZE", "1"))
+    local_rank = int(os.environ.get("LOCAL_RANK", "0"))
+    ranks_here = int(os.environ.get("LOCAL_WORLD_SIZE", str(world)))
+    gpus = torch.cuda.device_count() if device != "cpu" else 0
+    prepare_rank(rank, world, local_rank, ranks_here, device_name(local_rank, gpus))
+    backend = backend_name(shares_gpus=ranks_here > gpus, on_gpu=gpus > 0)
+    if ranks_here == world:
+        use_loopback()
+    if "RANK" in os.environ and "MASTER_ADDR" in os.environ:
+        dist.init_process_group(backend, rank=rank, world_size=world)
+    else:
+        dist.init_process_group(backend, store=dist.HashStore(), rank=0, world_size=1)
+    return rank_device()
+
+
+def check_device(device: str) -> None:
+    """Raise ConfigError unless `device` is known and this machine has it."""
+    if device not in DEVICES:
+        known = ", ".join(repr(name) for name in DEVICES)
+        raise ConfigError(f"device={device!r}: give one of {known}")
+    if device == "cuda" and not torch.cuda.is_available():
+        raise ConfigError('device="cuda": torch sees no GPU here; give "cpu" or "auto"')
+
+
+def device_name(local_rank: int, gpus: int) -> str:
+    """The device of the host's `local_rank`-th rank, the host having `gpus` GPUs to use."""
+    return f"cuda:{local_rank % gpus}" if gpus else "cpu"
+
+
+def backend_name(*, shares_gpus: bool, on_gpu: bool) -> str:
+    """NCCL refuses two ranks on one GPU, so those that share use gloo throughout."""
+    return "cpu:gloo,cuda:nccl" if on_gpu and not shares_gpus else "gloo"
+
+
+def prepare_rank(rank: int, world: int, local_rank: int, ranks_here: int, device: str) -> None:
+    """Set what torch and the code in a rank read: environment, current GPU, threads.
+
+    Args:
+        ranks_here: how many ranks share this host's cores.
+    """
+    os.environ.update(
+        RANK=str(rank), WORLD_SIZE=str(world), LOCAL_RANK=str(local_rank), STEPMOE_DEVICE=device
+    )
+    if device.startswith("cuda"):
+        torch.cuda.set_device(torch.device(device))
+    torch.set_num_threads(max(1, (os.cpu_count() or 1) // ranks_here))
+
+
+def use_loopback() -> None:
+    """Keep gloo's sockets on this host: its interface is `lo` on Linux, `lo0` on macOS."""
+    names = {name for _, name in socket.if_nameindex()} & {"lo", "lo0"}
+    if names:
+        os.environ.setdefault("GLOO_SOCKET_IFNAME", names.pop())

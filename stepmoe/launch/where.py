@@ -1,0 +1,49 @@
+"""Where a rank is: the collective its main thread waits in, or the line it executes."""
+
+import linecache
+import sys
+import threading
+from types import FrameType
+
+# Files whose functions are collectives; gloo and NCCL wait without the interpreter's lock, so
+# another thread can look.
+_COLLECTIVES = ("distributed/distributed_c10d.py", "distributed/_functional_collectives.py")
+# Frames of the machinery below a rank's function.
+_MACHINERY = ("/stepmoe/launch/", "/ipyparallel/", "/ipykernel/")
+
+NOT_IN_ONE = "not in one"
+
+
+def where_is_main_thread() -> str:
+    """What the main thread of this process waits in.
+
+    Returns:
+        The collective ("all_reduce", or richer where the ledger knows its site), or a text that
+        starts with "not in one" and names the line being executed.
+    """
+    frame = sys._current_frames().get(threading.main_thread().ident or 0)
+    # Not imported here: a rank that never used stepmoe's communicator has no ledger to ask.
+    ledger = sys.modules.get("stepmoe.comm.ledger")
+    in_flight: str | None = ledger.in_flight() if ledger else None
+    return in_flight or describe(frame)
+
+
+def describe(frame: FrameType | None) -> str:
+    """`where_is_main_thread` for a given innermost frame."""
+    collective, user_frame = None, None
+    while frame is not None:
+        name = frame.f_code.co_filename
+        if name.endswith(_COLLECTIVES):
+            collective = frame.f_code.co_name  # the outermost: what the user called
+        elif user_frame is None and not any(part in name for part in _MACHINERY):
+            user_frame = frame
+        frame = frame.f_back
+    if collective:
+        return collective
+    return f"{NOT_IN_ONE} ({_line(user_frame)})" if user_frame else NOT_IN_ONE
+
+
+def _line(frame: FrameType) -> str:
+    code, number = frame.f_code, frame.f_lineno
+    source = linecache.getline(code.co_filename, number).strip()
+    return f"{code.co_name}, line {number}" + (f": {source}" if source else "")

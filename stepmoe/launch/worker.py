@@ -1,0 +1,188 @@
+"""What the notebook calls in a rank: set it up, run a function, let go of a failed call.
+
+Nothing in here raises to ipyparallel: a call answers with an `Answer`, so that the notebook can
+tell the rank that failed from those that merely lost it.
+"""
+
+import gc
+import io
+import os
+import re
+import signal
+import socket
+import time
+import traceback
+from dataclasses import dataclass, field
+from types import FrameType
+from typing import Any
+
+import cloudpickle
+import torch
+import torch.distributed as dist
+
+from stepmoe.launch import progress, rank
+from stepmoe.launch.answers import Answer, Failure, Frame, Setup
+from stepmoe.launch.deadline import Deadline, publish
+
+# What a rank sees when another one closed their connection: never the cause.
+_CONSEQUENCE = re.compile(r"closed by peer|reset by peer|broken pipe", re.IGNORECASE)
+
+
+@dataclass
+class _Rank:
+    """The state of this process as a rank; `epoch` is that of its process group."""
+
+    setup: Setup | None = None
+    epoch: int = -1
+    store: dist.Store | None = None
+    in_call: bool = False
+    interrupted: bool = False
+    deadline: Deadline = field(default_factory=Deadline)
+
+
+_me = _Rank()
+
+
+def hello() -> tuple[str, int, int]:
+    """This engine's host, process id and number of GPUs."""
+    return socket.gethostname(), os.getpid(), torch.cuda.device_count()
+
+
+def serve() -> str:
+    """Start a store that ranks on other hosts can reach; "host:port"."""
+    host = socket.getfqdn()
+    _me.store = dist.TCPStore(host, 0, is_master=True, wait_for_workers=False)
+    return f"{host}:{_me.store.port}"
+
+
+def set_up(setup: Setup) -> None:
+    """Become a rank. Comes before any `execute`."""
+    _me.setup = setup
+    os.umask(setup.umask)
+    rank.prepare_rank(
+        setup.rank, setup.world, setup.local_rank, setup.ranks_here, setup.device
+    )
+    if ":" not in setup.rendezvous:
+        rank.use_loopback()
+    if setup.rank == 0:
+        progress.sink = lambda report: publish({"progress": report})
+    _me.deadline.start()
+
+
+def execute(payload: bytes, epoch: int, timeout: float | None) -> Answer:
+    """Run the pickled (function, arguments, keyword arguments) in this rank.
+
+    Args:
+        epoch: counts the process groups; a new one is made when it differs from the last call's.
+        timeout: seconds until this rank reports where it is and stops waiting.
+    """
+    signal.signal(signal.SIGINT, _on_interrupt)
+    _me.interrupted = False
+    failure = None
+    try:
+        try:
+            _me.in_call = True
+            _me.deadline.begin(timeout)
+            _join(epoch)
+            function, args, kwargs = cloudpickle.loads(payload)
+            value = function(*args, **kwargs)
+        finally:
+            _me.in_call = False
+    except BaseException as error:
+        failure = _describe(error)
+        _clear(error)
+    finally:
+        where = _me.deadline.end()
+    if failure is None:
+        return _pack(value)
+    let_go()
+    if _me.interrupted and failure.name == "KeyboardInterrupt":
+        return Answer(interrupted=where or "")
+    return Answer(failure=failure)
+
+
+def let_go() -> None:
+    """Forget groups and state, so that peers that wait for this rank fail instead."""
+    rank.state.clear()
+    _me.epoch = -1
+    if _me.setup and _me.setup.keep_groups:
+        return
+    if dist.is_initialized():
+        dist.destroy_process_group()
+    gc.collect()  # the connections close with the last reference to a group
+
+
+def dumps(value: Any) -> bytes:
+    """Pickle, functions and classes of a notebook by value, tensors on a GPU as CPU tensors."""
+    buffer = io.BytesIO()
+    _Pickler(buffer).dump(value)
+    return buffer.getvalue()
+
+
+class _Pickler(cloudpickle.Pickler):
+    def reducer_override(self, obj: Any) -> Any:
+        if isinstance(obj, torch.Tensor) and obj.is_cuda and type(obj) is torch.Tensor:
+            return obj.detach().cpu().__reduce_ex__(2)
+        return super().reducer_override(obj)
+
+
+def _join(epoch: int) -> None:
+    """Make the process group of this epoch, unless this rank is in it."""
+    setup = _me.setup
+    assert setup is not None
+    if epoch == _me.epoch:
+        return
+    if dist.is_initialized():
+        dist.destroy_process_group()
+    dist.init_process_group(
+        setup.backend, store=_store(setup, epoch), rank=setup.rank, world_size=setup.world
+    )
+    _me.epoch = epoch
+
+
+def _store(setup: Setup, epoch: int) -> dist.Store:
+    if ":" not in setup.rendezvous:
+        return dist.FileStore(f"{setup.rendezvous}-{epoch}", setup.world)
+    if _me.store is None:
+        host, port = setup.rendezvous.rsplit(":", 1)
+        _me.store = dist.TCPStore(host, int(port), is_master=False)
+    return dist.PrefixStore(f"epoch {epoch}", _me.store)
+
+
+def _on_interrupt(signum: int, frame: FrameType | None) -> None:
+    """Stop the function, once: gloo lets a late signal through when nothing runs any more."""
+    if _me.in_call:
+        _me.in_call = False
+        _me.interrupted = True
+        raise KeyboardInterrupt
+
+
+def _pack(value: Any) -> Answer:
+    try:
+        return Answer(value=dumps(value))
+    except Exception as error:
+        return Answer(unsendable=f"{type(value).__qualname__} ({type(error).__name__}: {error})")
+
+
+def _describe(error: BaseException) -> Failure:
+    parent = error.__cause__ or (None if error.__suppress_context__ else error.__context__)
+    text = "".join(traceback.format_exception_only(error)).strip()
+    return Failure(
+        name=type(error).__name__,
+        text=text,
+        frames=[
+            Frame(entry.filename, entry.lineno or 0, entry.name, entry.line or "")
+            for entry in traceback.extract_tb(error.__traceback__)
+            if entry.filename != __file__
+        ],
+        consequence=bool(_CONSEQUENCE.search(text)),
+        time=time.time(),
+        parent=_describe(parent) if parent else None,
+    )
+
+
+def _clear(error: BaseException | None) -> None:
+    """Empty the frames that a traceback holds: their variables keep process groups alive."""
+    while error is not None:
+        traceback.clear_frames(error.__traceback__)
+        error = error.__cause__ or error.__context__

@@ -1,0 +1,43 @@
+"""Clamped SwiGLU, and the MLP that the dense layers and the shared expert have in common."""
+
+from __future__ import annotations
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+
+def clamped_swiglu(gate: Tensor, up: Tensor, limit: float | None) -> Tensor:
+    """silu(gate).clamp(max=limit) * up.clamp(-limit, limit); limit None: no clamp. Any equal shapes."""
+    activated = F.silu(gate)
+    if limit is not None:
+        activated, up = activated.clamp(max=limit), up.clamp(-limit, limit)
+    return activated * up
+
+
+class GatedMLP(nn.Module):
+    """This rank's slice of a SwiGLU MLP; its output is a partial sum over the ranks.
+
+    Args:
+        hidden_size: D.
+        size_local: F_local, this rank's part of the intermediate size.
+        limit: SwiGLU clamp, None for none.
+    """
+
+    def __init__(self, hidden_size: int, size_local: int, limit: float | None) -> None:
+        super().__init__()
+        self.gate_proj = nn.Linear(hidden_size, size_local, bias=False)
+        self.up_proj = nn.Linear(hidden_size, size_local, bias=False)
+        self.down_proj = nn.Linear(size_local, hidden_size, bias=False)
+        self.limit = limit
+
+    def forward(self, hidden_states: Tensor) -> Tensor:
+        """(T, D) complete to (T, D) partial."""
+        gate, up = self.gate_proj(hidden_states), self.up_proj(hidden_states)
+        result: Tensor = self.down_proj(clamped_swiglu(gate, up, self.limit))
+        return result
+
+
+def empty_parameter(*shape: int) -> nn.Parameter:
+    """A parameter to be filled by a checkpoint or a random initialisation."""
+    return nn.Parameter(torch.empty(shape))

@@ -1,0 +1,136 @@
+"""Translate the published config.json of Step-3.5 into the fields of Step3p5Config.
+
+Kept apart from config.py because it is the only place that knows the published spelling.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+from stepmoe.errors import ConfigError
+
+# Settings that every published Step-3.5 model shares. Another value means another model, and
+# running it as if it were this one would be silently wrong.
+_FIXED: dict[str, tuple[Any, ...]] = {
+    "model_type": ("step3p5",),
+    "moe_router_activation": ("sigmoid",),
+    "use_head_wise_attn_gate": (True,),
+    "use_qk_norm": (True,),
+    "use_moe_router_bias": (True,),
+    "need_fp32_gate": (True,),
+    "tie_word_embeddings": (False,),
+    "attention_bias": (False, None),
+}
+
+
+def parse(published: dict[str, Any]) -> dict[str, Any]:
+    """Keyword arguments for Step3p5Config, from a parsed config.json.
+
+    Raises:
+        ConfigError: names the missing or unsupported field.
+    """
+    for name, allowed in _FIXED.items():
+        if published.get(name, allowed[0]) not in allowed:
+            raise ConfigError(
+                f"config.json says {name} = {published[name]!r}; stepmoe implements {allowed[0]!r}"
+            )
+    num_layers = _field(published, "num_hidden_layers")
+    layer_types = _per_layer(published, "layer_types", num_layers)
+    sliding = published.get("attention_other_setting") or {}
+    if sliding.get("attention_type", "sliding_attention") != "sliding_attention":
+        raise ConfigError(
+            f"attention_other_setting describes {sliding['attention_type']!r}; "
+            "stepmoe implements sliding_attention"
+        )
+    for name in ("num_attention_groups", "head_dim"):
+        if sliding.get(name, published.get(name)) != published.get(name):
+            raise ConfigError(
+                f"attention_other_setting has {name} = {sliding[name]}, the full layers "
+                f"{published.get(name)}: stepmoe needs them equal"
+            )
+    heads = _field(published, "num_attention_heads")
+    eos = published.get("eos_token_id")
+    return {
+        "hidden_size": _field(published, "hidden_size"),
+        "intermediate_size": _field(published, "intermediate_size"),
+        "num_hidden_layers": num_layers,
+        "vocab_size": _field(published, "vocab_size"),
+        "head_dim": _field(published, "head_dim"),
+        "num_attention_heads": heads,
+        "num_attention_heads_sliding": sliding.get("num_attention_heads", heads),
+        "num_key_value_heads": _field(published, "num_attention_groups"),
+        "layer_types": layer_types,
+        "sliding_window": _field(published, "sliding_window"),
+        "rope_theta": _per_layer(published, "rope_theta", num_layers),
+        "partial_rotary_factors": _per_layer(published, "partial_rotary_factors", num_layers),
+        **_rope_scaling(published),
+        "moe_layers": _moe_layers(published, num_layers),
+        "num_experts": _field(published, "moe_num_experts"),
+        "num_experts_per_tok": _field(published, "moe_top_k"),
+        "moe_intermediate_size": _field(published, "moe_intermediate_size"),
+        "share_expert_dim": _field(published, "share_expert_dim"),
+        "router_scaling_factor": float(published.get("moe_router_scaling_factor", 1.0)),
+        "norm_topk_prob": bool(published.get("norm_expert_weight", True)),
+        "swiglu_limits": _limits(published, "swiglu_limits", num_layers),
+        "swiglu_limits_shared": _limits(published, "swiglu_limits_shared", num_layers),
+        "rms_norm_eps": float(published.get("rms_norm_eps", 1e-5)),
+        "max_position_embeddings": _field(published, "max_position_embeddings"),
+        "bos_token_id": published.get("bos_token_id"),
+        "eos_token_ids": () if eos is None else tuple(eos) if isinstance(eos, list) else (eos,),
+        "torch_dtype": published.get("torch_dtype") or published.get("dtype") or "bfloat16",
+    }
+
+
+def _field(published: dict[str, Any], name: str) -> Any:
+    if published.get(name) is None:
+        raise ConfigError(f"config.json has no {name}: is it the config of a Step-3.5 model?")
+    return published[name]
+
+
+def _per_layer(published: dict[str, Any], name: str, num_layers: int) -> tuple[Any, ...]:
+    """One entry a layer; a single number means the same on every layer."""
+    value = _field(published, name)
+    values = value if isinstance(value, list) else [value] * num_layers
+    if len(values) < num_layers:
+        raise ConfigError(f"{name} has {len(values)} entries for {num_layers} layers")
+    return tuple(values[:num_layers])
+
+
+def _limits(published: dict[str, Any], name: str, num_layers: int) -> tuple[float | None, ...]:
+    """The published lists write 0 or null where nothing is clamped."""
+    if published.get(name) is None:
+        return (None,) * num_layers
+    return tuple(float(limit) if limit else None for limit in _per_layer(published, name, num_layers))
+
+
+def _moe_layers(published: dict[str, Any], num_layers: int) -> tuple[int, ...]:
+    enum = _field(published, "moe_layers_enum")
+    try:
+        layers = [int(i) for i in (enum.split(",") if isinstance(enum, str) else enum) if i != ""]
+    except ValueError as error:
+        raise ConfigError(f"moe_layers_enum = {enum!r} is not a list of layer numbers") from error
+    return tuple(i for i in layers if i < num_layers)
+
+
+def _rope_scaling(published: dict[str, Any]) -> dict[str, Any]:
+    from stepmoe.config import RopeScaling
+
+    scaling = published.get("rope_scaling")
+    layer_types = tuple(published.get("yarn_only_types") or ())
+    if not scaling:
+        return {"rope_scaling": None, "rope_scaling_layer_types": ()}
+    if scaling.get("rope_type") != "llama3":
+        raise ConfigError(
+            f"rope_scaling has rope_type {scaling.get('rope_type')!r}; stepmoe implements 'llama3'"
+        )
+    if not layer_types:  # without the list, the published code scales every layer
+        layer_types = ("full_attention", "sliding_attention")
+    return {
+        "rope_scaling": RopeScaling(
+            factor=float(scaling["factor"]),
+            original_max_position_embeddings=int(scaling["original_max_position_embeddings"]),
+            low_freq_factor=float(scaling["low_freq_factor"]),
+            high_freq_factor=float(scaling["high_freq_factor"]),
+        ),
+        "rope_scaling_layer_types": layer_types,
+    }
