@@ -4,6 +4,7 @@
 
 PYTHON ?= python3
 TORCH_INDEX ?=
+LAB_FLAGS ?=
 VENV_PYTHON := .venv/bin/python
 INSTALLED := .venv/.installed
 INSTALLED_CUDA := .venv/.installed-cuda
@@ -26,12 +27,14 @@ help:
 	@echo "  PYTHON=python3.12   the interpreter .venv is made from (3.11 or newer; default: python3)"
 	@echo "  TORCH_INDEX=https://download.pytorch.org/whl/cpu"
 	@echo "                      Linux without a GPU: the CPU build of torch, several GB smaller"
+	@echo "  LAB_FLAGS='--no-browser --allow-root'"
+	@echo "                      passed to JupyterLab; these two for a container or a remote machine"
 
 walkthrough: $(INSTALLED)
 	@$(VENV_PYTHON) notebooks/build.py --cell-timeout $(CELL_TIMEOUT)
 
 lab: $(INSTALLED)
-	@$(VENV_PYTHON) -m jupyterlab notebooks/00_start_here.ipynb
+	@$(VENV_PYTHON) -m jupyterlab $(LAB_FLAGS) notebooks/00_start_here.ipynb
 
 test: $(INSTALLED)
 	@$(VENV_PYTHON) -m ruff check .

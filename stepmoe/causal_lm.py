@@ -125,7 +125,9 @@ class Step3p5ForCausalLM(nn.Module):
             # The router's bias only steers a choice between float32 scores.
             is_bias = name.endswith("router_bias")
             kept = torch.promote_types(dtype, torch.float32) if is_bias else dtype
-            state[name] = source(name, layout).to(device, kept)
+            # A copy in memory of its own: a file's offsets give every tensor another alignment, and
+            # with it another order of summation in the matrix product.
+            state[name] = source(name, layout).to(device, kept, copy=True)
         model.load_state_dict(state, assign=True)
         return model.requires_grad_(False)
 

@@ -1,6 +1,7 @@
 """What this machine can run, and for each thing it cannot: why, and what to do about it."""
 
 import argparse
+import itertools
 import json
 from dataclasses import asdict, dataclass
 
@@ -55,12 +56,12 @@ def diagnose(probe: Probe | None = None) -> list[Check]:
 
 
 def report(checks: list[Check]) -> str:
-    """The checks as text: one line each, and below what does not work the remedy."""
+    """The checks as text, one line each; a remedy stands below the last one in a row it is for."""
     lines = []
-    for check in checks:
-        lines.append(f"[{'ok' if check.ok else 'no'}] {check.name}: {check.detail}")
-        if check.remedy:
-            lines.append(f"     to do: {check.remedy}")
+    for remedy, group in itertools.groupby(checks, key=lambda check: check.remedy):
+        lines += [f"[{'ok' if c.ok else 'no'}] {c.name}: {c.detail}" for c in group]
+        if remedy:
+            lines.append(f"     to do: {remedy}")
     return "\n".join(lines)
 
 
@@ -107,7 +108,7 @@ def _cpu_ranks(probe: Probe) -> Check:
         return Check(
             CPU_RANKS,
             False,
-            f"{' and '.join(missing)} not installed; `Ranks` starts its processes with it",
+            f"{' and '.join(missing)} not installed: `Ranks` cannot start processes (torchrun can)",
             f"python -m pip install {' '.join(missing)}",
         )
     # Ranks mostly wait for each other: the notebooks' four run well on two cores.

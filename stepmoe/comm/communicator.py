@@ -18,6 +18,10 @@ from stepmoe.comm.placement import PARTIAL, REPLICATE, TOKEN_SHARD, Placed
 from stepmoe.errors import PlacementError
 from stepmoe.kernels.norm import add_gemma_rms_norm
 
+# torch 2.13 renamed these two and warns of the old names; 2.11 has only the old ones.
+_all_gather = getattr(dist, "all_gather_single", None) or dist.all_gather_into_tensor
+_reduce_scatter = getattr(dist, "reduce_scatter_single", None) or dist.reduce_scatter_tensor
+
 
 class Communicator:
     """Collectives over `group`, which is passed in and never looked up."""
@@ -63,7 +67,7 @@ class Communicator:
         own = padded.new_empty(tokens_per_rank, padded.shape[1])
         done = partial.with_(own, TOKEN_SHARD)
         with record(self._entry("reduce_scatter", done, padded, site), padded.device):
-            dist.reduce_scatter_tensor(own, padded, group=self.group.process_group)
+            _reduce_scatter(own, padded, group=self.group.process_group)
         return done
 
     def all_gather(self, shard: Placed, site: str) -> Placed:
@@ -81,7 +85,7 @@ class Communicator:
         every = own.new_empty(self.group.size * own.shape[0], own.shape[1])
         done = shard.with_(every[: shard.num_tokens], REPLICATE)
         with record(self._entry("all_gather", done, every, site), own.device):
-            dist.all_gather_into_tensor(every, own, group=self.group.process_group)
+            _all_gather(every, own, group=self.group.process_group)
         return done
 
     def all_reduce_add_rms_norm(

@@ -8,7 +8,7 @@ class Setup:
     """How one rank takes part.
 
     Attributes:
-        rendezvous: a path that all ranks share, or "host:port" of a store in rank 0.
+        rendezvous: with one host the start of a path, else "host:port" of a store in rank 0.
         keep_groups: leave the groups of a failed call alone; their destruction can block on NCCL,
             and the rank will be ended anyway.
         umask: the notebook's, which files a function writes shall have.
@@ -21,6 +21,7 @@ class Setup:
     device: str
     backend: str
     rendezvous: str
+    one_host: bool
     keep_groups: bool
     umask: int
 

@@ -5,9 +5,9 @@ from queue import Empty, SimpleQueue
 from typing import Any
 
 from stepmoe.launch import worker
-from stepmoe.launch.cluster import Cluster
 from stepmoe.launch.failures import Outcome
-from stepmoe.launch.progress import DELAY, Bar
+from stepmoe.launch.progress_bar import DELAY, Bar
+from stepmoe.launch.team import Team
 
 # After the time limit, ranks report where they are and interrupt themselves; one that has not
 # within this (s) will not.
@@ -22,43 +22,28 @@ _OUTPUT = 2.0
 _REDRAW = 0.25
 
 
-class Member:
-    """One rank as the notebook knows it: its engine and its process id."""
-
-    def __init__(self, engine: Any, pid: int) -> None:
-        self.engine = engine
-        self.pid = pid
-
-
 class Call:
     """A function under way in every rank."""
 
-    def __init__(
-        self,
-        cluster: Cluster,
-        members: list[Member],
-        payload: bytes,
-        epoch: int,
-        timeout: float | None,
-    ) -> None:
-        self._cluster = cluster
-        self._members = members
+    def __init__(self, team: Team, payload: bytes, timeout: float | None) -> None:
+        self._team = team
+        self._payload = payload
+        self._timeout = timeout
         self._news: SimpleQueue[tuple[int, Any]] = SimpleQueue()
         self._started = time.monotonic()
         self._limit = None if timeout is None else self._started + timeout + _REPORT
         self.outcome = Outcome()
-        ranks = {member.pid: rank for rank, member in enumerate(members)}
-        cluster.on_death = lambda pid, code: self._news.put((ranks[pid], _Death(code)))
-        self._results = [
-            member.engine.apply_async(worker.execute, payload, epoch, timeout)
-            for member in members
-        ]
-        self._pending = set(range(len(members)))
-        for rank, result in enumerate(self._results):
-            result.add_done_callback(lambda _, rank=rank: self._news.put((rank, None)))
+        self._cleaning = False
+        news = self._news
+        team.cluster.on_death = lambda pid, code: news.put((team.rank_of(pid), _Death(code)))
+        for death in team.cluster.deaths:
+            team.cluster.on_death(*death)
+        self._results: list[Any] = []
+        self._pending = set(range(len(team.members)))
 
     def wait(self) -> None:
-        """Until every rank has answered, one has failed, or the time limit has passed."""
+        """Send it; until every rank has answered, one has failed, or the time limit has passed."""
+        self._send()
         bar = Bar()
         try:
             while self._pending and not self.outcome.failed:
@@ -71,15 +56,34 @@ class Call:
         finally:
             bar.close()
 
+    def _send(self) -> None:
+        for rank, member in enumerate(self._team.members):
+            arguments = (self._payload, self._team.epoch, self._timeout)
+            result = member.engine.apply_async(worker.execute, *arguments)
+            self._results.append(result)
+            result.add_done_callback(lambda _, rank=rank: self._news.put((rank, None)))
+
+    @property
+    def succeeded(self) -> bool:
+        """Whether every rank has returned."""
+        return not self._pending and not self.outcome.failed
+
+    @property
+    def needs_restart(self) -> bool:
+        """After `clean_up`: whether these ranks can no longer be used."""
+        return bool(self.outcome.deaths or self.outcome.lost) or self._team.always_restart
+
     def clean_up(self) -> None:
         """After a failure: let no rank wait for another, and note those that cannot be freed."""
-        if not self.outcome.has_cause:
+        self._cleaning = True
+        if self.outcome.lacks_cause:
             self._take_until(time.monotonic() + _CAUSE, cause=True)
         for rank in self.outcome.answers:
             self._let_go(rank)
         self._take_until(time.monotonic() + _FAIL)
         for rank in self._pending:
-            self._cluster.interrupt(self._members[rank].engine, self._members[rank].pid)
+            member = self._team.members[rank]
+            self._team.cluster.interrupt(member.engine, member.pid)
         self._take_until(time.monotonic() + _INTERRUPT)
         self.outcome.lost = set(self._pending)
         self._note_where()
@@ -96,7 +100,7 @@ class Call:
 
     def _take_until(self, moment: float, *, cause: bool = False) -> None:
         while self._pending and time.monotonic() < moment:
-            if cause and self.outcome.has_cause:
+            if cause and not self.outcome.lacks_cause:
                 return
             self._take(moment)
 
@@ -115,9 +119,13 @@ class Call:
             self.outcome.deaths[rank] = None
         else:
             self.outcome.answers[rank] = self._results[rank].result()
+            if self._cleaning:
+                self._let_go(rank)
 
     def _let_go(self, rank: int) -> None:
-        self._members[rank].engine.apply_async(worker.let_go)
+        """A rank that has returned keeps the connections on which others wait for it."""
+        if self.outcome.answers[rank].value is not None:
+            self._team.members[rank].engine.apply_async(worker.let_go)
 
     def _note_where(self) -> None:
         for rank, result in enumerate(self._results):

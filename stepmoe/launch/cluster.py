@@ -28,6 +28,7 @@ LOOPBACK = ("", "127.0.0.1", "localhost", "::1")
 _START_TIMEOUT = {LOCAL: 120.0, "": 900.0}
 
 _CONTROLLER_ARGUMENTS = (
+    "--log-level=WARN",
     "--nodb",  # by default the controller keeps every result for ever
     "--IPController.use_threads=True",  # one process instead of eight
     # Engines are registered at a heartbeat, so beats are short (ms); and a busy rank misses some,
@@ -37,8 +38,7 @@ _CONTROLLER_ARGUMENTS = (
 )
 
 _log = logging.getLogger(__name__)
-_log.addHandler(logging.NullHandler())
-_log.propagate = False  # ipyparallel's "Starting 4 engines" belongs in no notebook
+_log.setLevel(logging.CRITICAL)  # ipyparallel's "Starting 4 engines" belongs in no notebook
 
 
 class Cluster:
@@ -47,12 +47,15 @@ class Cluster:
     Attributes:
         folder: private to this user; holds keys, logs and the rendezvous.
         engines: a view on each engine, in ipyparallel's order.
-        on_death: called with (process id, exit code) when a local engine ends, from a thread.
+        deaths: (process id, exit code) of each local engine that has ended.
+        on_death: called with the same when it happens, from a thread.
+        umask: of this process.
     """
 
     def __init__(self, n: int, engines: str, options: dict[str, Any]) -> None:
         self.local = engines == LOCAL
         self.folder = Path(tempfile.mkdtemp(prefix="stepmoe-"))  # mode 0700
+        self.deaths: list[tuple[int, int | None]] = []
         self.on_death: Callable[[int, int | None], None] = lambda pid, code: None
         self._stopping = False
         self._loop = _LoopThread()
@@ -68,11 +71,11 @@ class Cluster:
             raise
 
     def _start(self, n: int, engines: str) -> None:
-        umask = os.umask(0o077)  # ipyparallel's log files, too, are for this user alone
+        self.umask = os.umask(0o077)  # ipyparallel's log files, too, are for this user alone
         try:
             self._loop.run(self._cluster.start_cluster())
         finally:
-            os.umask(umask)
+            os.umask(self.umask)
         (self.folder / "startup" / "README").unlink(missing_ok=True)  # others could read it
         for launcher in self._launchers():
             launcher.on_stop(self._ended)
@@ -119,6 +122,7 @@ class Cluster:
         if self._stopping:
             return
         death = int(data["pid"]), data.get("exit_code")
+        self.deaths.append(death)
         if not self._first_death.done():
             self._first_death.set_result(death)
         self.on_death(*death)
@@ -145,7 +149,8 @@ def _settings(folder: Path, local: bool, options: dict[str, Any]) -> dict[str, A
         "controller_args": list(_CONTROLLER_ARGUMENTS),
     }
     me = psutil.Process()
-    watched = [sys.executable, "-P", watch.__file__, str(me.pid), str(me.create_time()), str(folder)]
+    watched = [sys.executable, "-P", watch.__file__]
+    watched += [str(me.pid), str(me.create_time()), str(folder)]
     config.LocalControllerLauncher.controller_cmd = [*watched, "controller"]
     if local:
         settings["send_engines_connection_env"] = False  # the engines wait for it themselves
@@ -153,6 +158,7 @@ def _settings(folder: Path, local: bool, options: dict[str, Any]) -> dict[str, A
         config.LocalEngineSetLauncher.engine_cmd = [*watched, "engine"]
         config.LocalEngineSetLauncher.delay = 0
         config.LocalEngineSetLauncher.engine_args = [
+            "--log-level=WARN",  # it writes a line a call otherwise
             "--IPEngine.enable_nanny=False",  # a process beside each engine, to see it end
             "--IPEngine.timeout=60",
         ]

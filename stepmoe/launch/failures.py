@@ -11,13 +11,14 @@ from stepmoe.errors import RankError, RankTimeout
 from stepmoe.launch.answers import Answer, Failure, Frame
 from stepmoe.launch.where import NOT_IN_ONE
 
-AFRESH = (
-    "The next call works; what the ranks held (groups, models, launch.rank.state) is gone."
-)
+AFRESH = "The next call works; what the ranks held (groups, models, launch.rank.state) is gone."
 RESTARTED = (
     "The ranks are being restarted, and the next call works; what they held (groups, models, "
     "launch.rank.state) is gone."
 )
+
+# Ranks start a call within milliseconds of each other, on a busy machine within this (s).
+_AT_ONCE = 0.25
 
 
 @dataclass
@@ -43,17 +44,26 @@ class Outcome:
         return dict(sorted(found.items(), key=lambda item: (item[1].consequence, item[1].time)))
 
     @property
-    def has_cause(self) -> bool:
-        """Whether a rank failed on its own, not because another one had."""
-        unsendable = any(answer.unsendable for answer in self.answers.values())
-        return bool(self.deaths) or unsendable or any(
-            not failure.consequence for failure in self.failures.values()
-        )
+    def values(self) -> list[bytes]:
+        """The pickled results, in rank order."""
+        return [a.value for _, a in sorted(self.answers.items()) if a.value is not None]
 
     @property
-    def all_returned(self) -> bool:
-        """Whether every rank that answered has a result, and none ended."""
-        return not self.deaths and all(a.value is not None for a in self.answers.values())
+    def failed(self) -> bool:
+        """Whether a rank has ended, or answered with anything but a result."""
+        return bool(self.deaths) or any(a.value is None for a in self.answers.values())
+
+    @property
+    def lacks_cause(self) -> bool:
+        """Whether ranks merely lost another one, of which nothing is known yet."""
+        others = [a for a in self.answers.values() if a.unsendable or a.interrupted is not None]
+        failures = self.failures.values()
+        return (
+            bool(failures)
+            and not self.deaths
+            and not others
+            and all(failure.consequence for failure in failures)
+        )
 
 
 def error_from(outcome: Outcome, world: int, timeout: float | None, after: str) -> Exception:
@@ -63,24 +73,26 @@ def error_from(outcome: Outcome, world: int, timeout: float | None, after: str) 
         after: the last line: what the failure did to the ranks.
     """
     failures = outcome.failures
-    genuine = [rank for rank, failure in failures.items() if not failure.consequence]
+    genuine = {rank: failure for rank, failure in failures.items() if not failure.consequence}
     if genuine:
-        return _raised(genuine, failures, after)
+        return _raised(_first(genuine), genuine, after)
     if outcome.deaths:
         rank, code = next(iter(outcome.deaths.items()))
         return RankError(f"rank {rank} {how_it_ended(code)}\n{after}", rank=rank)
-    for rank, answer in outcome.answers.items():
+    for rank, answer in sorted(outcome.answers.items()):
         if answer.unsendable:
             message = (
                 f"rank {rank} returned {answer.unsendable}, which cannot be sent to the notebook: "
                 f"return tensors, numbers, strings or containers of them\n{after}"
             )
             return RankError(message, rank=rank)
-    if outcome.where or outcome.lost or any(
-        answer.interrupted is not None for answer in outcome.answers.values()
+    if (
+        outcome.where
+        or outcome.lost
+        or any(answer.interrupted is not None for answer in outcome.answers.values())
     ):
         return _timed_out(outcome, world, timeout, after)
-    return _raised(list(failures)[:1], failures, after)
+    return _raised(next(iter(failures)), failures, after)
 
 
 def how_it_ended(code: int | None) -> str:
@@ -92,21 +104,34 @@ def how_it_ended(code: int | None) -> str:
     return f"ended its process with exit code {code}"
 
 
-def _raised(ranks: list[int], failures: dict[int, Failure], after: str) -> RankError:
-    first, others = ranks[0], ranks[1:]
+def _first(failures: dict[int, Failure]) -> int:
+    """The first rank in time; of those with the same error at the same time, the lowest.
+
+    A mistake in the function fails in every rank at once, and whose clock was ahead tells nothing.
+    """
+    earliest = next(iter(failures.values()))
+    return min(
+        rank
+        for rank, failure in failures.items()
+        if failure.text == earliest.text and failure.time - earliest.time < _AT_ONCE
+    )
+
+
+def _raised(first: int, failures: dict[int, Failure], after: str) -> RankError:
+    others = sorted(failures.keys() - {first})
     text = traceback_text(failures[first])
     lines = [f"rank {first} raised {failures[first].text}", f"Traceback of rank {first}:", text]
     if others:
-        names = ", ".join(str(rank) for rank in sorted(others))
-        lines.append(f"{len(others)} more raised after it: rank{'s'[:len(others) - 1]} {names}.")
+        names = ", ".join(str(rank) for rank in others)
+        lines.append(f"{len(others)} more failed with it: rank{'s'[: len(others) - 1]} {names}.")
     return RankError("\n".join([*lines, after]), rank=first, traceback=text)
 
 
 def _timed_out(outcome: Outcome, world: int, timeout: float | None, after: str) -> RankTimeout:
     waiting = {rank: _waits_in(rank, outcome) for rank in range(world)}
     lines = [f"  rank {rank}: {text}" for rank, text in waiting.items()]
-    message = "\n".join([f"the call did not end within {timeout:g} s. In which collective:", *lines])
-    return RankTimeout(f"{message}\n{after}", waiting=waiting)
+    head = f"the call did not end within {timeout:g} s. The ranks were in:"
+    return RankTimeout("\n".join([head, *lines, after]), waiting=waiting)
 
 
 def _waits_in(rank: int, outcome: Outcome) -> str:
@@ -134,7 +159,7 @@ def traceback_text(failure: Failure) -> str:
 
 
 def short_name(frame: Frame) -> str:
-    """"Cell In[3]" for a notebook's cell, else the path from the folder it is imported from."""
+    """ "Cell In[3]" for a notebook's cell, else the path from the folder it is imported from."""
     ipython = sys.modules.get("IPython")
     shell = ipython.get_ipython() if ipython else None
     if shell is not None:

@@ -55,12 +55,13 @@ def init_distributed(device: str = "auto") -> torch.device:
     gpus = torch.cuda.device_count() if device != "cpu" else 0
     prepare_rank(rank, world, local_rank, ranks_here, device_name(local_rank, gpus))
     backend = backend_name(shares_gpus=ranks_here > gpus, on_gpu=gpus > 0)
-    if ranks_here == world:
+    if ranks_here == world and "GLOO_SOCKET_IFNAME" not in os.environ:
         use_loopback()
     if "RANK" in os.environ and "MASTER_ADDR" in os.environ:
         dist.init_process_group(backend, rank=rank, world_size=world)
     else:
-        dist.init_process_group(backend, store=dist.HashStore(), rank=0, world_size=1)
+        alone = dist.HashStore()  # type: ignore[attr-defined]
+        dist.init_process_group(backend, store=alone, rank=0, world_size=1)
     return rank_device()
 
 
@@ -98,7 +99,7 @@ def prepare_rank(rank: int, world: int, local_rank: int, ranks_here: int, device
 
 
 def use_loopback() -> None:
-    """Keep gloo's sockets on this host: its interface is `lo` on Linux, `lo0` on macOS."""
+    """Keep gloo and NCCL's sockets on this host: `lo` is the interface on Linux, `lo0` on macOS."""
     names = {name for _, name in socket.if_nameindex()} & {"lo", "lo0"}
     if names:
-        os.environ.setdefault("GLOO_SOCKET_IFNAME", names.pop())
+        os.environ["GLOO_SOCKET_IFNAME"] = os.environ["NCCL_SOCKET_IFNAME"] = names.pop()

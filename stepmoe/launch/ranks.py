@@ -1,26 +1,20 @@
 """`Ranks`: persistent ranks behind a notebook, or any Python process."""
 
 import atexit
-import importlib.util
-import os
-import socket
 import sys
 import threading
-from collections import Counter
 from collections.abc import Callable
 from concurrent.futures import Future
-from dataclasses import dataclass
 from types import TracebackType
 from typing import TYPE_CHECKING, Any, Self
 
-from stepmoe.errors import ConfigError, RankError
-from stepmoe.launch import rank as in_rank
-from stepmoe.launch.answers import Setup
-from stepmoe.launch.failures import AFRESH, RESTARTED, Outcome, error_from, how_it_ended
+from stepmoe.errors import RankError
+from stepmoe.launch.arguments import check, check_call, packed, unpacked
+from stepmoe.launch.failures import AFRESH, RESTARTED, error_from, how_it_ended
 
 if TYPE_CHECKING:
-    from stepmoe.launch.call import Call, Member
-    from stepmoe.launch.cluster import Cluster
+    from stepmoe.launch.call import Call
+    from stepmoe.launch.team import Team, Wanted
 
 
 class Ranks:
@@ -70,24 +64,17 @@ class Ranks:
         options: dict[str, Any] | None = None,
     ) -> None:
         global _current
-        self._closed: str | None = "they were not started"
-        _check(n, device, engines)
-        self._wanted = _Wanted(n, device, engines, options or {})
+        check(n, device, engines)
+        from stepmoe.launch.team import Wanted
+
+        self._wanted = Wanted(n, device, engines, options or {})
         self._lock = threading.RLock()
-        self._closed = None
-        previous, _current = _current, self
-        if previous is not None and previous._closed is None and previous._wanted == self._wanted:
-            self._team = previous._hand_over()
-            self._epoch = previous._epoch
-            self._start_afresh()
-        else:
-            if previous is not None:
-                previous._close("a Ranks with other arguments was made")
-            self._epoch = 0
-            self._team = _started(self._wanted)
+        self._closed: str | None = None  # or why
+        self._team = self._take_over(_current)
+        _current = self
         atexit.register(self.close)
         try:
-            self.run(_nothing, timeout=_JOIN)
+            self.run(_nothing)  # makes the process group
         except BaseException:
             self.close()
             raise
@@ -95,6 +82,7 @@ class Ranks:
     def run(
         self,
         fn: Callable[..., Any],
+        /,
         *args: Any,
         timeout: float | None = 60,
         **kwargs: Any,
@@ -115,32 +103,30 @@ class Ranks:
             RankTimeout: the limit passed; says what each rank was waiting in.
             ConfigError, TypeError: an argument that cannot work; nothing was sent.
         """
-        _check_call(fn, timeout)
+        check_call(fn, timeout)
         with self._lock:
             self._check_open()
-            payload = _packed(fn, args, kwargs)
-            team = self._ready_team()
+            payload = packed(fn, args, kwargs)
             from stepmoe.launch.call import Call
 
-            call = Call(team.cluster, team.members, payload, self._epoch, timeout)
+            call = Call(self._ready_team(), payload, timeout)
             try:
                 call.wait()
             except KeyboardInterrupt:
                 self._clean_up(call)
                 raise
-            if call.outcome.failed or len(call.outcome.answers) < self._wanted.n:
-                after = self._clean_up(call)
-                _print(call.output())
-                raise error_from(call.outcome, self._wanted.n, timeout, after) from None
+            after = "" if call.succeeded else self._clean_up(call)
             _print(call.output())
-            return _unpacked(call.outcome)
+            if after:
+                raise error_from(call.outcome, self._wanted.n, timeout, after) from None
+            return unpacked(call.outcome.values)
 
     def restart(self) -> None:
         """End the ranks and start new ones, which import everything anew."""
         with self._lock:
             self._check_open()
             self._restart()
-            self._ready_team()
+            self.run(_nothing)
 
     def close(self) -> None:
         """End the ranks; again does nothing."""
@@ -174,14 +160,87 @@ class Ranks:
                 f"Ranks({self._wanted.n}, device={self._wanted.device!r})"
             )
 
-    def _ready_team(self) -> "_Team":
+    def _take_over(self, previous: "Ranks | None") -> "Future[Team]":
+        """The running ranks of an equal `Ranks`, emptied, else new ones."""
+        if previous is None or previous._closed:
+            return _in_background(self._wanted)
+        if previous._wanted != self._wanted:
+            previous._close("a Ranks with other arguments was made")
+            return _in_background(self._wanted)
+        with previous._lock:
+            previous._closed = "a newer Ranks with the same arguments took its ranks over"
+            atexit.unregister(previous.close)
+            team = previous._team
+        if team.result().cluster.deaths:
+            return _in_background(self._wanted, team)
+        team.result().forget()
+        return team
+
+    def _ready_team(self) -> "Team":
         """The ranks, started if they are being restarted; reports one that ended in between."""
         team = self._team.result()
-        if team.deaths:
-            pid, code = team.deaths[0]
-            rank = next(i for i, member in enumerate(team.members) if member.pid == pid)
+        if team.cluster.deaths:
+            pid, code = team.cluster.deaths[0]
+            rank = team.rank_of(pid)
             self._restart()
             raise RankError(
                 f"rank {rank} {how_it_ended(code)} between two calls\n{RESTARTED}", rank=rank
             )
         return team
+
+    def _clean_up(self, call: "Call") -> str:
+        """Make the next call work; says how."""
+        try:
+            call.clean_up()
+        except KeyboardInterrupt:
+            self._restart()
+            raise
+        if call.needs_restart:
+            self._restart()
+            return RESTARTED
+        self._team.result().start_afresh()
+        return AFRESH
+
+    def _restart(self) -> None:
+        self._team = _in_background(self._wanted, self._team)
+
+    def _close(self, reason: str) -> None:
+        with self._lock:
+            if self._closed:
+                return
+            self._closed = reason
+            atexit.unregister(self.close)
+            if not self._team.exception():
+                self._team.result().cluster.stop()
+
+
+_current: Ranks | None = None
+
+
+def _in_background(wanted: "Wanted", old: "Future[Team] | None" = None) -> "Future[Team]":
+    """Stop the old team and start another one, while the caller goes on."""
+    from stepmoe.launch.team import Team
+
+    future: Future[Team] = Future()
+
+    def work() -> None:
+        try:
+            if old is not None and not old.exception():
+                old.result().cluster.stop()
+            future.set_result(Team(wanted))
+        except BaseException as error:
+            future.set_exception(error)
+
+    threading.Thread(target=work, name="stepmoe start", daemon=True).start()
+    return future
+
+
+def _nothing() -> None:
+    pass
+
+
+def _print(written: dict[int, tuple[str, str]]) -> None:
+    for rank, texts in sorted(written.items()):
+        for text, stream in zip(texts, (sys.stdout, sys.stderr), strict=True):
+            for line in text.splitlines():
+                print(f"[rank {rank}] {line}", file=stream)

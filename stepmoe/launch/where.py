@@ -2,14 +2,20 @@
 
 import linecache
 import sys
+import sysconfig
 import threading
+from pathlib import Path
 from types import FrameType
 
 # Files whose functions are collectives; gloo and NCCL wait without the interpreter's lock, so
 # another thread can look.
 _COLLECTIVES = ("distributed/distributed_c10d.py", "distributed/_functional_collectives.py")
-# Frames of the machinery below a rank's function.
-_MACHINERY = ("/stepmoe/launch/", "/ipyparallel/", "/ipykernel/")
+# Code that a reader of the message did not write: the standard library, installed packages, and
+# what calls a rank's function.
+_NOT_THEIRS = (
+    *(sysconfig.get_path(name) for name in ("stdlib", "purelib")),
+    str(Path(__file__).parent),
+)
 
 NOT_IN_ONE = "not in one"
 
@@ -35,7 +41,7 @@ def describe(frame: FrameType | None) -> str:
         name = frame.f_code.co_filename
         if name.endswith(_COLLECTIVES):
             collective = frame.f_code.co_name  # the outermost: what the user called
-        elif user_frame is None and not any(part in name for part in _MACHINERY):
+        elif user_frame is None and not name.startswith(_NOT_THEIRS):
             user_frame = frame
         frame = frame.f_back
     if collective:
@@ -46,4 +52,7 @@ def describe(frame: FrameType | None) -> str:
 def _line(frame: FrameType) -> str:
     code, number = frame.f_code, frame.f_lineno
     source = linecache.getline(code.co_filename, number).strip()
-    return f"{code.co_name}, line {number}" + (f": {source}" if source else "")
+    path = Path(code.co_filename)
+    # A notebook's kernel names a cell's code by a path that says nothing to its reader.
+    file = "a cell" if path.parent.name.startswith("ipykernel_") else path.name
+    return f"{code.co_name}, line {number} of {file}" + (f": {source}" if source else "")

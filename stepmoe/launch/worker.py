@@ -20,7 +20,7 @@ import cloudpickle
 import torch
 import torch.distributed as dist
 
-from stepmoe.launch import progress, rank
+from stepmoe.launch import progress_bar, rank
 from stepmoe.launch.answers import Answer, Failure, Frame, Setup
 from stepmoe.launch.deadline import Deadline, publish
 
@@ -34,7 +34,7 @@ class _Rank:
 
     setup: Setup | None = None
     epoch: int = -1
-    store: dist.Store | None = None
+    store: Any = None
     in_call: bool = False
     interrupted: bool = False
     deadline: Deadline = field(default_factory=Deadline)
@@ -51,7 +51,7 @@ def hello() -> tuple[str, int, int]:
 def serve() -> str:
     """Start a store that ranks on other hosts can reach; "host:port"."""
     host = socket.getfqdn()
-    _me.store = dist.TCPStore(host, 0, is_master=True, wait_for_workers=False)
+    _me.store = dist.TCPStore(host, 0, is_master=True, wait_for_workers=False)  # type: ignore[attr-defined]
     return f"{host}:{_me.store.port}"
 
 
@@ -59,13 +59,11 @@ def set_up(setup: Setup) -> None:
     """Become a rank. Comes before any `execute`."""
     _me.setup = setup
     os.umask(setup.umask)
-    rank.prepare_rank(
-        setup.rank, setup.world, setup.local_rank, setup.ranks_here, setup.device
-    )
-    if ":" not in setup.rendezvous:
+    rank.prepare_rank(setup.rank, setup.world, setup.local_rank, setup.ranks_here, setup.device)
+    if setup.one_host:
         rank.use_loopback()
     if setup.rank == 0:
-        progress.sink = lambda report: publish({"progress": report})
+        progress_bar.sink = lambda report: publish({"progress": report})
     _me.deadline.start()
 
 
@@ -103,6 +101,7 @@ def execute(payload: bytes, epoch: int, timeout: float | None) -> Answer:
 
 def let_go() -> None:
     """Forget groups and state, so that peers that wait for this rank fail instead."""
+    signal.signal(signal.SIGINT, _on_interrupt)  # ignores one that comes too late
     rank.state.clear()
     _me.epoch = -1
     if _me.setup and _me.setup.keep_groups:
@@ -119,7 +118,7 @@ def dumps(value: Any) -> bytes:
     return buffer.getvalue()
 
 
-class _Pickler(cloudpickle.Pickler):
+class _Pickler(cloudpickle.Pickler):  # type: ignore[misc]
     def reducer_override(self, obj: Any) -> Any:
         if isinstance(obj, torch.Tensor) and obj.is_cuda and type(obj) is torch.Tensor:
             return obj.detach().cpu().__reduce_ex__(2)
@@ -140,13 +139,13 @@ def _join(epoch: int) -> None:
     _me.epoch = epoch
 
 
-def _store(setup: Setup, epoch: int) -> dist.Store:
-    if ":" not in setup.rendezvous:
-        return dist.FileStore(f"{setup.rendezvous}-{epoch}", setup.world)
+def _store(setup: Setup, epoch: int) -> Any:
+    if setup.one_host:
+        return dist.FileStore(f"{setup.rendezvous}-{epoch}", setup.world)  # type: ignore[attr-defined]
     if _me.store is None:
         host, port = setup.rendezvous.rsplit(":", 1)
-        _me.store = dist.TCPStore(host, int(port), is_master=False)
-    return dist.PrefixStore(f"epoch {epoch}", _me.store)
+        _me.store = dist.TCPStore(host, int(port), is_master=False)  # type: ignore[attr-defined]
+    return dist.PrefixStore(f"epoch {epoch}", _me.store)  # type: ignore[attr-defined]
 
 
 def _on_interrupt(signum: int, frame: FrameType | None) -> None:

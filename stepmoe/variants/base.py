@@ -87,11 +87,12 @@ class DecoderLayer(nn.Module):
     ) -> tuple[Placed, Placed]:
         """Add to the residual and normalise; both must be complete. Returns (normalised, residual)."""
         hidden_states.complete("the norm")
+        site = next((name for name, own in self.named_children() if own is norm), "final_norm")
         if residual is None:
             total = hidden_states.with_(hidden_states.tensor, name="residual")
         else:
-            total = self._local("add", lambda: hidden_states + residual, "residual")
-        normed = self._local("norm", lambda: total.with_(norm(total.tensor)), "hidden_states")
+            total = self._local("add", lambda: hidden_states + residual, "residual", site)
+        normed = self._local("norm", lambda: total.with_(norm(total.tensor)), "hidden_states", site)
         return normed, total
 
     def attention(self, hidden_states: Placed, step: Step) -> Placed:
@@ -138,9 +139,10 @@ class DecoderLayer(nn.Module):
             op, lambda: self.comm.partial(module(x.tensor), "", self.index), f"{op}_output"
         )
 
-    def _local(self, op: str, compute: Callable[[], Placed], name: str) -> Placed:
+    def _local(self, op: str, compute: Callable[[], Placed], name: str, site: str = "") -> Placed:
         """Compute, name the result, and write the step to an open ledger."""
-        entry = Entry(op=op, kind="local", layer=self.index, tensor=name)
+        layer = None if site == "final_norm" else self.index  # the last layer lends its add_norm
+        entry = Entry(op=op, kind="local", layer=layer, site=site, tensor=name)
         with record(entry, self.input_layernorm.weight.device):
             result = compute()
             result.name, result.layer = name, self.index

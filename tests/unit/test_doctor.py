@@ -215,11 +215,13 @@ def test_prebuilt_kernels_need_no_compiler() -> None:
     assert {"trtllm", "mnnvl"} <= working(machine)
 
 
-def test_report_puts_the_remedy_below() -> None:
+def test_report_puts_a_remedy_below_and_says_it_once() -> None:
     lines = doctor.report(doctor.diagnose(Machine(packages={}))).splitlines()
     assert lines[0].startswith("[ok] Versions: ")
     assert lines[1].startswith("[no] CPU ranks: ")
     assert lines[2] == "     to do: python -m pip install ipyparallel cloudpickle"
+    assert sum("Nothing to install here" in line for line in lines) == 1
+    assert "Nothing to install here" in lines[-1]
 
 
 def test_command_line_on_this_machine() -> None:

@@ -3,7 +3,7 @@
 import os
 import sys
 import time
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sized
 from typing import Any, TypeVar
 
 Item = TypeVar("Item")
@@ -20,9 +20,7 @@ _PERIOD = 0.25
 sink: Callable[[Report], None] | None = None
 
 
-def progress(
-    iterable: Iterable[Item], total: int | None = None, desc: str = ""
-) -> Iterator[Item]:
+def progress(iterable: Iterable[Item], total: int | None = None, desc: str = "") -> Iterator[Item]:
     """Iterate over `iterable` and show how far rank 0 is, once the work lasts 2 s.
 
     Under `Ranks` the bar appears in the notebook, under torchrun and alone on rank 0's stderr.
@@ -32,7 +30,7 @@ def progress(
         total: the number of items; by default the iterable's length, where it has one.
         desc: shown before the bar.
     """
-    if total is None and hasattr(iterable, "__len__"):
+    if total is None and isinstance(iterable, Sized):
         total = len(iterable)
     if os.environ.get("RANK", "0") != "0":
         return iter(iterable)

@@ -1,0 +1,70 @@
+"""What goes into `Ranks` and `Ranks.run`, checked and packed, and what comes out."""
+
+import importlib.util
+from importlib.metadata import entry_points
+from typing import Any
+
+from stepmoe.errors import ConfigError, RankError
+from stepmoe.launch import rank
+
+
+def check(n: int, device: str, engines: str) -> None:
+    """The arguments of `Ranks`, before anything starts."""
+    if not isinstance(n, int) or isinstance(n, bool) or n < 1:
+        raise ConfigError(f"n={n!r}: give the number of ranks, at least 1")
+    if engines == "local":
+        rank.check_device(device)
+    elif device not in rank.DEVICES:  # this host's GPUs say nothing about the others'
+        raise ConfigError(f"device={device!r}: give one of {', '.join(rank.DEVICES)}")
+    if not all(importlib.util.find_spec(name) for name in ("ipyparallel", "cloudpickle")):
+        raise ImportError(
+            "Ranks needs ipyparallel and cloudpickle: pip install 'stepmoe[notebooks]'. "
+            "Without them, run the same functions under torchrun (stepmoe.launch.init_distributed)"
+        )
+    known = sorted(point.name for point in entry_points(group="ipyparallel.engine_launchers"))
+    if engines not in known:
+        raise ConfigError(f"engines={engines!r}: ipyparallel knows {', '.join(known)}")
+
+
+def check_call(fn: Any, timeout: Any) -> None:
+    """Those of `Ranks.run` that are its own."""
+    if not callable(fn):
+        raise TypeError(f"fn={fn!r} is not callable: give the function, then its arguments")
+    if timeout is None:
+        return
+    if not isinstance(timeout, (int, float)) or isinstance(timeout, bool) or not timeout > 0:
+        raise ConfigError(f"timeout={timeout!r}: give seconds, more than 0, or None for no limit")
+
+
+def packed(fn: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> bytes:
+    """For the ranks; TypeError names what cannot be pickled."""
+    from stepmoe.launch.worker import dumps
+
+    try:
+        return dumps((fn, args, kwargs))
+    except Exception as error:
+        parts = [("fn", fn), *((f"argument {i}", value) for i, value in enumerate(args, 1))]
+        for name, value in [*parts, *kwargs.items()]:
+            try:
+                dumps(value)
+            except Exception as reason:
+                raise TypeError(
+                    f"{name} ({type(value).__name__}) cannot be sent to the ranks: {reason}"
+                ) from None
+        raise TypeError(f"the arguments cannot be sent to the ranks: {error}") from None
+
+
+def unpacked(values: list[bytes]) -> list[Any]:
+    """The results, in rank order."""
+    import cloudpickle
+
+    results = []
+    for number, value in enumerate(values):
+        try:
+            results.append(cloudpickle.loads(value))
+        except Exception as error:
+            raise RankError(
+                f"the result of rank {number} cannot be read here: {type(error).__name__}: {error}",
+                rank=number,
+            ) from error
+    return results

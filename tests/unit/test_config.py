@@ -1,0 +1,62 @@
+"""Reading the published config.json; every bad field is named."""
+
+import json
+from pathlib import Path
+
+import pytest
+
+import stepmoe as sm
+
+TINY = Path(__file__).parents[1] / "step3p5-tiny-reference"
+PUBLISHED = json.loads((TINY / "config.json").read_text())
+
+
+def test_the_published_layout_is_read():
+    config = sm.Step3p5Config.from_pretrained(TINY)
+    assert config == sm.Step3p5Config.from_pretrained(TINY / "config.json")
+    assert config.moe_layers == (1, 2, 3)
+    assert config.num_attention_heads_sliding == 12
+    assert config.swiglu_limits == (None, None, None, 0.5)
+    assert config.eos_token_ids == (1,)
+
+
+def test_entries_of_the_prediction_layers_are_ignored():
+    longer = dict(PUBLISHED, num_nextn_predict_layers=3, moe_layers_enum="1,2,3,4,5,6")
+    for name in ("layer_types", "rope_theta", "partial_rotary_factors", "swiglu_limits"):
+        longer[name] = PUBLISHED[name] + PUBLISHED[name][:3]
+    assert sm.Step3p5Config.from_dict(longer) == sm.Step3p5Config.from_dict(PUBLISHED)
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"model_type": "llama"}, "model_type = 'llama'"),
+        ({"moe_router_activation": "softmax"}, "'softmax'"),
+        ({"tie_word_embeddings": True}, "tie_word_embeddings"),
+        ({"hidden_size": None}, "no hidden_size"),
+        ({"hidden_size": -64}, "hidden_size must be .* got -64"),
+        ({"layer_types": ["full_attention"]}, "layer_types has 1 entries for 4"),
+        ({"layer_types": ["linear"] * 4}, "'linear'"),
+        ({"rope_scaling": {"rope_type": "yarn"}}, "'yarn'"),
+        ({"moe_layers_enum": "a,b"}, "'a,b'"),
+        ({"moe_top_k": 17}, "top-17 .* got 16"),
+        ({"num_attention_heads": 9}, "9 query heads .* 4 key-value"),
+        ({"partial_rotary_factors": [0.2] * 4}, "0.2 of head_dim 16"),
+    ],
+)
+def test_bad_fields_are_named(changes, message):
+    with pytest.raises(sm.ConfigError, match=message):
+        sm.Step3p5Config.from_dict({**PUBLISHED, **changes})
+
+
+def test_no_file_and_no_json(tmp_path):
+    with pytest.raises(sm.ConfigError, match="no config.json"):
+        sm.Step3p5Config.from_pretrained(tmp_path)
+    (tmp_path / "config.json").write_text("{")
+    with pytest.raises(sm.ConfigError, match="not valid JSON"):
+        sm.Step3p5Config.from_pretrained(tmp_path)
+
+
+def test_a_layer_that_does_not_exist():
+    with pytest.raises(sm.ConfigError, match="layer 5 does not exist: .* 0 to 4"):
+        sm.Step3p5Config.tiny().layer(5)

@@ -1,0 +1,119 @@
+"""Wrong sums cannot pass: every one raises, before anything is sent, naming layer, tensor and group.
+
+The groups here have no process group: a check that came after the communication would crash.
+"""
+
+import time
+
+import pytest
+import torch
+
+import stepmoe as sm
+from stepmoe.comm.communicator import Communicator
+from stepmoe.comm.groups import RankGroup
+from stepmoe.model.norm import GemmaRMSNorm
+from stepmoe.variants.fused import FusedLayer
+
+TP = Communicator(RankGroup("tp", (0, 1, 2, 3)))
+MOE_TP = Communicator(RankGroup("moe_tp", (0, 1)))
+
+
+@pytest.fixture
+def x():
+    return torch.randn(6, 8)
+
+
+def test_reducing_what_is_complete(x):
+    whole = TP.replicated(x, "mlp_output", layer=2)
+    for reduce in (
+        lambda: TP.all_reduce(whole, "mlp"),
+        lambda: TP.reduce_scatter(whole, 2, "mlp"),
+        lambda: TP.all_reduce_add_rms_norm(whole, whole, torch.zeros(8), 1e-5, "norm"),
+    ):
+        with pytest.raises(sm.PlacementError, match=r"layer 2, mlp_output is Replicate .* multiply it by 4"):
+            reduce()
+
+
+def test_reducing_over_the_wrong_group(x):
+    routed = TP.partial(x, "experts_output", layer=3)
+    expected = r"layer 3, experts_output is Partial over tp \(ranks 0, 1, 2, 3\).*moe_tp \(ranks 0, 1\)"
+    with pytest.raises(sm.PlacementError, match=expected):
+        MOE_TP.all_reduce(routed, "experts")
+    with pytest.raises(sm.PlacementError, match=expected):
+        MOE_TP.reduce_scatter(routed, 3, "experts")
+
+
+def test_a_nonlinear_operation_on_a_pending_sum(x):
+    pending = TP.partial(x, "attn_output", layer=1)
+    with pytest.raises(sm.PlacementError, match="layer 1, attn_output: the norm needs the complete"):
+        pending.complete("the norm")
+    with pytest.raises(sm.PlacementError, match="all_gather needs the complete"):
+        TP.all_gather(pending, "mlp_input")
+
+
+def test_adding_a_complete_value_to_a_pending_sum(x):
+    pending, whole = TP.partial(x, "attn_output", 1), TP.replicated(x, "residual", 1)
+    with pytest.raises(sm.PlacementError, match="counted 4 times"):
+        pending + whole
+    with pytest.raises(sm.PlacementError, match="has no meaning"):
+        pending + MOE_TP.partial(x, "experts_output", 1)
+    assert (pending + TP.partial(x, "more", 1)).is_partial
+
+
+def test_gathering_what_every_rank_holds(x):
+    with pytest.raises(sm.PlacementError, match="repeat every token 4 times"):
+        TP.all_gather(TP.replicated(x, "hidden_states", 0), "mlp_input")
+
+
+def test_a_sharded_tensor_where_every_token_is_needed(x):
+    with pytest.raises(sm.PlacementError, match="attention needs every token"):
+        TP.sharded(x, 24, "hidden_states", 0).replicated("attention")
+
+
+def test_reducing_the_same_partial_sum_twice(x):
+    alone = Communicator(RankGroup("tp", (0,)))
+    pending = alone.partial(x, "attn_output", layer=1)
+    alone.all_reduce(pending, "o_proj")
+    with pytest.raises(sm.PlacementError, match="attn_output: all_reduce of a partial sum that was already"):
+        alone.all_reduce(pending, "o_proj")
+    with pytest.raises(sm.PlacementError, match="already reduced"):
+        pending + alone.partial(x, "more", 1)
+
+
+class ForgetfulLayer(FusedLayer):
+    """Loses the last pending sum, as at a pipeline boundary."""
+
+    def flush(self, hidden_states):
+        return hidden_states
+
+
+def test_a_pending_sum_forgotten_at_the_end_of_the_stack():
+    model = sm.Step3p5ForCausalLM.from_config(sm.Step3p5Config.tiny(), variant=ForgetfulLayer)
+    with pytest.raises(sm.PlacementError, match=r"layer 4, share_expert_output \+ experts_output: the norm"):
+        model(torch.zeros(1, 3, dtype=torch.int64))
+
+
+class DoubleReduceLayer(FusedLayer):
+    """The published change's own bug: a dense layer whose MLP output was reduced already."""
+
+    def dense_mlp(self, hidden_states, step):
+        return self.comm.all_reduce(super().dense_mlp(hidden_states, step), "mlp")
+
+
+def test_a_dense_layer_reduced_twice():
+    model = sm.Step3p5ForCausalLM.from_config(sm.Step3p5Config.tiny(), variant=DoubleReduceLayer)
+    with pytest.raises(sm.PlacementError, match=r"layer 0, mlp_output is Replicate"):
+        model(torch.zeros(1, 3, dtype=torch.int64))
+
+
+def test_the_check_takes_no_measurable_time(x):
+    """One layer makes about 15 of these steps; 10 microseconds each would be 0.15 ms."""
+    norm = GemmaRMSNorm(8, 1e-5)
+    rounds = 2000
+    start = time.perf_counter()
+    for _ in range(rounds):
+        placed = TP.partial(x, "attn_output", 1).with_(x, name="other").unspent("a step")
+        TP._expect_partial(placed, "all_reduce")
+    per_step = (time.perf_counter() - start) / rounds / 3
+    assert per_step < 1e-5, f"{per_step * 1e6:.1f} us a step"
+    assert norm(x).shape == x.shape
