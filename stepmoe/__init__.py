@@ -26,8 +26,8 @@ if TYPE_CHECKING:
     from stepmoe.parallel import ParallelConfig
     from stepmoe.variants import VARIANTS
 
-# Imported on first use: a new rank needs none of the model, and importing torch.distributed's tensor
-# classes in every rank would cost a third of the start.
+# Imported on first use: a new rank needs none of the model, and importing torch.distributed's
+# tensor classes in every rank would cost a third of the start.
 _HOME = {
     "Capture": "stepmoe.capture",
     "CheckpointError": "stepmoe.errors",

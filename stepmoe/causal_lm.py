@@ -1,15 +1,17 @@
-"""Step3p5ForCausalLM: embedding, a stack of one variant's layers, final norm and head, on one rank."""
+"""Step3p5ForCausalLM: embedding, a stack of one variant's layers, final norm and head."""
 
 from __future__ import annotations
 
 from collections.abc import Callable
 from pathlib import Path
+from typing import cast
 
 import torch
 from torch import Tensor, nn
 
 from stepmoe.capture import Capture
 from stepmoe.checkpoint import Checkpoint, random_tensor
+from stepmoe.checks import check_alignment, check_input
 from stepmoe.comm.communicator import Communicator
 from stepmoe.comm.groups import build_groups, world_size
 from stepmoe.comm.placement import Placed
@@ -41,6 +43,11 @@ class DecoderStack(nn.Module):
         )
         self.norm = GemmaRMSNorm(config.hidden_size, config.rms_norm_eps)
 
+    @property
+    def decoder_layers(self) -> list[DecoderLayer]:
+        """The layers, as what they are: nn.ModuleList forgets the type."""
+        return cast(list[DecoderLayer], list(self.layers))
+
 
 class Step3p5ForCausalLM(nn.Module):
     """One rank's share of a Step-3.5 model. Make it with `from_pretrained` or `from_config`.
@@ -54,7 +61,7 @@ class Step3p5ForCausalLM(nn.Module):
         super().__init__()
         layer = layer_class(variant)
         parallel.check(config)
-        _check_alignment(config, parallel, dtype)
+        check_alignment(config, parallel, dtype)
         self.config, self.parallel, self.layer_class = config, parallel, layer
         self.groups = build_groups(parallel)
         self.comm = Communicator(self.groups["tp"])
@@ -146,18 +153,19 @@ class Step3p5ForCausalLM(nn.Module):
             cache: from new_cache(); remembers the tokens for the next call.
             capture: records named intermediate values.
         """
-        batch, length = self._check_input(input_ids, cache)
+        check_input(self.config, input_ids, cache)
+        batch, length = input_ids.shape
         step, own_rows = self._step(batch, length, cache, capture)
         hidden_states = self._embed(input_ids.to(self.lm_head.weight.device), step, own_rows)
         residual: Placed | None = None
-        for layer in self.model.layers:
+        for layer in self.model.decoder_layers:
             hidden_states, residual = layer(hidden_states, residual, step)
             if capture is not None and capture.wants(layer.index):
                 self._capture_layer(capture, layer.index, hidden_states, residual)
         if cache is not None:
             cache.length += length
 
-        last: DecoderLayer = self.model.layers[-1]
+        last = self.model.decoder_layers[-1]
         hidden_states, _ = last.add_norm(self.model.norm, last.flush(hidden_states), residual)
         hidden_states.name, hidden_states.layer = "final_norm", None
         if hidden_states.is_sharded:
@@ -220,49 +228,3 @@ class Step3p5ForCausalLM(nn.Module):
             capture.record(self.comm, index, name, value)
         states = capture[index]
         states["layer_output"] = states["post_attn_residual"] + states["mlp_output"]
-
-    def _check_input(self, input_ids: Tensor, cache: KVCache | None) -> tuple[int, int]:
-        if input_ids.dim() != 2 or input_ids.dtype not in (torch.int64, torch.int32):
-            raise ConfigError(
-                f"input_ids must be a (batch, length) int64 tensor, got {input_ids.dtype} "
-                f"of shape {tuple(input_ids.shape)}"
-            )
-        batch, length = input_ids.shape
-        if batch == 0 or length == 0:
-            raise ConfigError(f"input_ids of shape {batch} x {length} hold no token")
-        if not input_ids.is_cuda:  # on the device the check would wait for it
-            low, high = int(input_ids.min()), int(input_ids.max())
-            if low < 0 or high >= self.config.vocab_size:
-                raise ConfigError(
-                    f"input_ids hold {low if low < 0 else high}, outside the vocabulary of "
-                    f"{self.config.vocab_size}"
-                )
-        start = 0 if cache is None else cache.length
-        if start + length > self.config.max_position_embeddings:
-            raise ConfigError(
-                f"{start} cached + {length} new tokens exceed max_position_embeddings = "
-                f"{self.config.max_position_embeddings}"
-            )
-        if cache is not None:
-            if cache.batch_size not in (None, batch):
-                raise ConfigError(
-                    f"the cache holds {cache.batch_size} sequences, input_ids {batch}: "
-                    "use one cache for one batch"
-                )
-            cache.batch_size = batch
-        return batch, length
-
-
-def _check_alignment(
-    config: Step3p5Config, parallel: ParallelConfig, dtype: torch.dtype
-) -> None:
-    """grouped_mm needs rows of a multiple of 16 bytes (torch 2.11 to 2.13, CPU and CUDA)."""
-    if dtype is torch.float64:
-        return
-    size_local = config.moe_intermediate_size // parallel.moe_tp
-    for name, size in (("hidden_size", config.hidden_size), ("moe_intermediate_size / (tp/ep)", size_local)):
-        if config.moe_layers and size * dtype.itemsize % 16:
-            raise ConfigError(
-                f"{name} = {size} in {dtype} makes rows of {size * dtype.itemsize} bytes; the grouped "
-                "matrix product of the experts needs a multiple of 16: choose another ep, or float64"
-            )

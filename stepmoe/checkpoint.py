@@ -1,4 +1,4 @@
-"""Read the published safetensors layout: one file, or an index of shards; only the asked-for slices."""
+"""Read the published safetensors layout, one file or an index of shards, slice by slice."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ class Checkpoint:
     """The tensors of a checkpoint folder, by name. Reads headers at once, data on demand.
 
     Args:
-        path: a folder with model.safetensors or model.safetensors.index.json, or a .safetensors file.
+        path: a folder with model.safetensors or model.safetensors.index.json, or one file.
 
     Raises:
         CheckpointError: nothing to read there, or a file is missing, truncated or not safetensors.
@@ -57,7 +57,9 @@ class Checkpoint:
             present = set(self._open(file).keys())
             named = {name for name, where in located.items() if where == file}
             for name in sorted(named - present):
-                raise CheckpointError(f"tensor {name}: {index.name} places it in {file}, which lacks it")
+                raise CheckpointError(
+                    f"tensor {name}: {index.name} places it in {file}, which lacks it"
+                )
             for name in sorted(present - named):
                 raise CheckpointError(f"tensor {name} of {file} is not in {index.name}")
         return located
@@ -91,10 +93,12 @@ class Checkpoint:
             file = self._file_of[name]
             if name.endswith("weight_scale_inv"):
                 raise CheckpointError(
-                    f"tensor {name} of {file}: FP8 checkpoints are not supported yet, use the bf16 one"
+                    f"tensor {name} of {file}: FP8 checkpoints are not supported yet, "
+                    "use the bf16 one"
                 )
             raise CheckpointError(
-                f"tensor {name} of {file} is surplus: a model of this config.json has no such tensor"
+                f"tensor {name} of {file} is surplus: "
+                "a model of this config.json has no such tensor"
             )
         for name, layout in layouts.items():
             file = self._file_of[name]

@@ -88,7 +88,8 @@ class Step3p5Config:
         """The settings of decoder layer `index`."""
         if not 0 <= index < self.num_hidden_layers:
             raise ConfigError(
-                f"layer {index} does not exist: the model has layers 0 to {self.num_hidden_layers - 1}"
+                f"layer {index} does not exist: the model has layers 0 to "
+                f"{self.num_hidden_layers - 1}"
             )
         attention_type = self.layer_types[index]
         is_full = attention_type == "full_attention"
@@ -152,7 +153,7 @@ class Step3p5Config:
 
     @classmethod
     def tiny(cls) -> Step3p5Config:
-        """Every architectural part at laptop size: 5 layers, 16 experts, byte vocabulary, tp to 8."""
+        """Every architectural part at laptop size: 5 layers, 16 experts, vocabulary of bytes."""
         num_layers = 5
         layer_types = _one_full_three_sliding(num_layers)
         is_full = [kind == "full_attention" for kind in layer_types]
@@ -199,7 +200,9 @@ class Step3p5Config:
         if file.is_dir():
             file = file / "config.json"
         if not file.is_file():
-            raise ConfigError(f"no config.json at {path}: give a checkpoint folder or its config.json")
+            raise ConfigError(
+                f"no config.json at {path}: give a checkpoint folder or its config.json"
+            )
         try:
             published = json.loads(file.read_text())
         except json.JSONDecodeError as error:
@@ -222,14 +225,29 @@ def _one_full_three_sliding(num_layers: int) -> tuple[AttentionType, ...]:
     return tuple("sliding_attention" if i % 4 else "full_attention" for i in range(num_layers))
 
 
-_POSITIVE = (
-    "hidden_size intermediate_size num_hidden_layers vocab_size head_dim num_attention_heads "
-    "num_attention_heads_sliding num_key_value_heads sliding_window num_experts "
-    "num_experts_per_tok moe_intermediate_size share_expert_dim max_position_embeddings"
-).split()
-_PER_LAYER = (
-    "layer_types rope_theta partial_rotary_factors swiglu_limits swiglu_limits_shared".split()
-)
+_POSITIVE = [
+    "hidden_size",
+    "intermediate_size",
+    "num_hidden_layers",
+    "vocab_size",
+    "head_dim",
+    "num_attention_heads",
+    "num_attention_heads_sliding",
+    "num_key_value_heads",
+    "sliding_window",
+    "num_experts",
+    "num_experts_per_tok",
+    "moe_intermediate_size",
+    "share_expert_dim",
+    "max_position_embeddings",
+]
+_PER_LAYER = [
+    "layer_types",
+    "rope_theta",
+    "partial_rotary_factors",
+    "swiglu_limits",
+    "swiglu_limits_shared",
+]
 
 
 def _check(config: Step3p5Config) -> None:

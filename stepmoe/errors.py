@@ -6,7 +6,7 @@ class ConfigError(ValueError):
 
 
 class CheckpointError(ValueError):
-    """A checkpoint that is missing, truncated or not of the expected layout; names tensor and file."""
+    """A checkpoint that is missing, truncated or of another layout; names tensor and file."""
 
 
 class PlacementError(RuntimeError):

@@ -40,7 +40,8 @@ class ParallelConfig:
                 raise ConfigError(f"{name} must be a positive whole number, got {value!r}")
         if self.tp % self.ep:
             raise ConfigError(
-                f"ep={self.ep} does not divide tp={self.tp}: the ranks cannot form equal expert groups"
+                f"ep={self.ep} does not divide tp={self.tp}: "
+                "the ranks cannot form equal expert groups"
             )
         if self.attention not in ("tp", "dp"):
             raise ConfigError(f"attention must be 'tp' or 'dp', got {self.attention!r}")
@@ -124,7 +125,9 @@ def tensor_layouts(
     """
     parallel.check(config)
     if not 0 <= rank < parallel.tp:
-        raise ConfigError(f"rank {rank} does not exist: tp={parallel.tp} has ranks 0 to {parallel.tp - 1}")
+        raise ConfigError(
+            f"rank {rank} does not exist: tp={parallel.tp} has ranks 0 to {parallel.tp - 1}"
+        )
     vocab, hidden = config.vocab_size, config.hidden_size
     layouts = {"model.embed_tokens.weight": TensorLayout((vocab, hidden))}
     for layer in config.layers:
@@ -179,7 +182,9 @@ def _moe(config: Step3p5Config, parallel: ParallelConfig, rank: int) -> dict[str
     ep_rank, moe_tp_rank = divmod(rank, parallel.moe_tp)
     own_experts = Cut(0, ep_rank, parallel.ep)
     up = TensorLayout((experts, size, hidden), (own_experts, Cut(1, moe_tp_rank, parallel.moe_tp)))
-    down = TensorLayout((experts, hidden, size), (own_experts, Cut(2, moe_tp_rank, parallel.moe_tp)))
+    down = TensorLayout(
+        (experts, hidden, size), (own_experts, Cut(2, moe_tp_rank, parallel.moe_tp))
+    )
     return {
         "moe.gate.weight": TensorLayout((experts, hidden)),
         "moe.router_bias": TensorLayout((experts,)),

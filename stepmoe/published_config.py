@@ -100,7 +100,9 @@ def _limits(published: dict[str, Any], name: str, num_layers: int) -> tuple[floa
     """The published lists write 0 or null where nothing is clamped."""
     if published.get(name) is None:
         return (None,) * num_layers
-    return tuple(float(limit) if limit else None for limit in _per_layer(published, name, num_layers))
+    return tuple(
+        float(limit) if limit else None for limit in _per_layer(published, name, num_layers)
+    )
 
 
 def _moe_layers(published: dict[str, Any], num_layers: int) -> tuple[int, ...]:

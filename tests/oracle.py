@@ -1,4 +1,4 @@
-"""The whole model again, unsharded, in float64, written for plainness: the judge of everything else.
+"""The whole model again, unsharded, in float64, written for plainness: the judge of all else.
 
 It shares no arithmetic with stepmoe: loops over heads, tokens and experts, complex numbers for the
 rotary embedding, the three cases of llama3 scaling spelled out.
@@ -14,7 +14,9 @@ from torch import Tensor
 from stepmoe.config import LayerConfig, Step3p5Config
 
 
-def forward(config: Step3p5Config, weights: dict[str, Tensor], input_ids: Tensor) -> dict[str, Tensor]:
+def forward(
+    config: Step3p5Config, weights: dict[str, Tensor], input_ids: Tensor
+) -> dict[str, Tensor]:
     """Logits (B, L, V), and by name "L.attn_output", "L.layer_output", ... the states (B, L, D)."""
     weights = {name: weight.double() for name, weight in weights.items()}
     stream = weights["model.embed_tokens.weight"][input_ids]
@@ -47,7 +49,9 @@ def norm(x: Tensor, weight: Tensor, eps: float) -> Tensor:
     return x / (x.pow(2).mean(-1, keepdim=True) + eps).sqrt() * (1 + weight)
 
 
-def attention(config: Step3p5Config, layer: LayerConfig, own: dict[str, Tensor], x: Tensor) -> Tensor:
+def attention(
+    config: Step3p5Config, layer: LayerConfig, own: dict[str, Tensor], x: Tensor
+) -> Tensor:
     """One sequence x (L, D)."""
     length, size = x.shape[0], layer.head_dim
     query, key, value = (x @ own[f"self_attn.{n}_proj.weight"].T for n in "qkv")
@@ -60,8 +64,12 @@ def attention(config: Step3p5Config, layer: LayerConfig, own: dict[str, Tensor],
     heads = []
     for h in range(layer.num_heads):
         g = h * layer.num_kv_heads // layer.num_heads
-        q = norm(query[:, h * size : (h + 1) * size], own["self_attn.q_norm.weight"], config.rms_norm_eps)
-        k = norm(key[:, g * size : (g + 1) * size], own["self_attn.k_norm.weight"], config.rms_norm_eps)
+        q = norm(
+            query[:, h * size : (h + 1) * size], own["self_attn.q_norm.weight"], config.rms_norm_eps
+        )
+        k = norm(
+            key[:, g * size : (g + 1) * size], own["self_attn.k_norm.weight"], config.rms_norm_eps
+        )
         scores = turn(q, angles) @ turn(k, angles).T / math.sqrt(size)
         weights = scores.masked_fill(~visible, -torch.inf).softmax(-1)
         heads.append(weights @ value[:, g * size : (g + 1) * size] * gates[:, h, None])

@@ -37,8 +37,10 @@ class Communicator:
         """Declare that the value is the sum of every rank's (T, D) tensor."""
         return Placed(tensor, PARTIAL, self.group, tensor.shape[0], name, layer)
 
-    def sharded(self, tensor: Tensor, num_tokens: int, name: str, layer: int | None = None) -> Placed:
-        """Declare that this rank holds (T_local, D) of num_tokens tokens, padded to equal T_local."""
+    def sharded(
+        self, tensor: Tensor, num_tokens: int, name: str, layer: int | None = None
+    ) -> Placed:
+        """Declare that this rank holds (T_local, D) of num_tokens tokens, all T_local equal."""
         return Placed(tensor, TOKEN_SHARD, self.group, num_tokens, name, layer)
 
     def all_reduce(self, partial: Placed, site: str) -> Placed:
@@ -50,7 +52,9 @@ class Communicator:
         done = partial.with_(partial.tensor, REPLICATE)
         partial.spent = True
         if self.group.size > 1:
-            with record(self._entry("all_reduce", done, partial.tensor, site), partial.tensor.device):
+            with record(
+                self._entry("all_reduce", done, partial.tensor, site), partial.tensor.device
+            ):
                 dist.all_reduce(partial.tensor, group=self.group.process_group)
         return done
 
@@ -111,7 +115,7 @@ class Communicator:
         return done.with_(normed, name="hidden_states"), residual.with_(total)
 
     def keep_own_tokens(self, whole: Placed, tokens_per_rank: int) -> Placed:
-        """Replicate (T, D) to Shard (tokens_per_rank, D) without communication: drop the others'."""
+        """Replicate (T, D) to Shard (tokens_per_rank, D) without communication."""
         whole.replicated("keep_own_tokens")
         padded = _pad(whole.tensor, self.group.size * tokens_per_rank)
         start = self.group.index * tokens_per_rank
@@ -121,8 +125,8 @@ class Communicator:
         if placed.group != self.group:
             raise PlacementError(
                 f"{placed} is {placed.describe()}, but the {op} runs over {self.group}: "
-                f"the result would leave out ranks or count some twice. Use the {placed.group.name} "
-                "group's communicator."
+                f"the result would leave out ranks or count some twice. Use the communicator of "
+                f"{placed.group.name}."
             )
 
     def _expect_partial(self, placed: Placed, op: str) -> None:
@@ -157,4 +161,3 @@ def _pad(tensor: Tensor, num_tokens: int) -> Tensor:
     if missing < 0:
         raise ValueError(f"{tensor.shape[0]} tokens do not fit in {num_tokens}")
     return F.pad(tensor, (0, 0, 0, missing)) if missing else tensor.contiguous()
-

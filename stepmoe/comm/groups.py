@@ -62,14 +62,16 @@ def build_groups(parallel: ParallelConfig) -> dict[str, RankGroup]:
 
 
 def _all_groups(name: str, parallel: ParallelConfig, world: int) -> list[tuple[int, ...]]:
-    """Every group of this kind in the job: tp ranks in a row; in each, moe_tp in a row, ep across."""
+    """Every group of this kind in the job: tp ranks in a row; in it moe_tp in a row, ep across."""
     groups = []
     for start in range(0, world, parallel.tp):
         block = tuple(range(start, start + parallel.tp))
         if name == "tp":
             groups.append(block)
         elif name == "moe_tp":
-            groups += [block[i : i + parallel.moe_tp] for i in range(0, parallel.tp, parallel.moe_tp)]
+            groups += [
+                block[i : i + parallel.moe_tp] for i in range(0, parallel.tp, parallel.moe_tp)
+            ]
         else:
             groups += [block[i :: parallel.moe_tp] for i in range(parallel.moe_tp)]
     return groups

@@ -65,7 +65,8 @@ class Entry:
         """Fewest bytes this rank must send: the bandwidth-optimal ring's share.
 
         2 (n-1)/n of the tensor for an all_reduce, (n-1)/n for reduce_scatter and all_gather
-        (Patarasu and Yuan, "Bandwidth optimal all-reduce algorithms", 2009). A backend may send more.
+        (Patarasu and Yuan, "Bandwidth optimal all-reduce algorithms", 2009). A backend may send
+        more.
         """
         if self.kind == "local":
             return 0.0
@@ -115,7 +116,9 @@ class Ledger:
         return [entry for entry in self.entries if entry.layer == layer]
 
     def __str__(self) -> str:
-        rows = [f"{'layer':>5}  {'site':<16}{'collective':<26}{'group':<8}{'shape':<16}{'sends':>12}"]
+        rows = [
+            f"{'layer':>5}  {'site':<16}{'collective':<26}{'group':<8}{'shape':<16}{'sends':>12}"
+        ]
         for e in self.entries:
             layer = "-" if e.layer is None else e.layer
             shape = " x ".join(map(str, e.shape))
@@ -139,7 +142,7 @@ def is_recording() -> bool:
 
 
 def note(text: str) -> None:
-    """Write a remark to every open ledger, once each: what ran instead of what was asked, and why."""
+    """Write a remark to every open ledger, once each: what ran instead, and why."""
     for ledger in _open:
         if text not in ledger.notes:
             ledger.notes.append(text)

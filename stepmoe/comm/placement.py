@@ -65,17 +65,17 @@ class Placed:
         )
 
     def complete(self, operation: str) -> Placed:
-        """Self, unless its sum is still pending: a nonlinear operation must not see a partial sum."""
+        """Self, unless its sum is pending: a nonlinear operation must not see a partial sum."""
         self.unspent(operation)
         if self.is_partial:
             raise PlacementError(
                 f"{self}: {operation} needs the complete value, but this is a partial sum over "
-                f"{self.group}. Reduce it first (all_reduce or reduce_scatter over {self.group.name})."
+                f"{self.group}. Reduce it first: all_reduce or reduce_scatter over {self.group.name}."
             )
         return self
 
     def unspent(self, operation: str) -> Placed:
-        """Self, unless a reduction already overwrote it: adding it up again would count it twice."""
+        """Self, unless a reduction already overwrote it: another would count it twice."""
         if self.spent:
             raise PlacementError(
                 f"{self}: {operation} of a partial sum that was already reduced over {self.group}. "

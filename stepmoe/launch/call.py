@@ -14,9 +14,11 @@ from stepmoe.launch.team import Team
 _REPORT = 0.75
 # A rank's death arrives within milliseconds; its peers' broken connections can be faster (s).
 _CAUSE = 1.0
-# A failure is to be reported within 1 s. Until then peers are given the time to fail on their
-# own, then to be interrupted (s); those that do neither are lost.
-_FAIL, _INTERRUPT = 0.2, 0.4
+# Then peers are given the time to fail on their own, and to be interrupted (s); those that do
+# neither are lost. An error is to be reported within 1 s; after a time limit or an interrupt
+# there is more time, and ranks that can be freed need not be restarted.
+_FAIL = 0.25
+_INTERRUPT_AFTER_ERROR, _INTERRUPT = 0.5, 1.25
 # Output follows its result within milliseconds (s).
 _OUTPUT = 2.0
 _REDRAW = 0.25
@@ -49,6 +51,7 @@ class Call:
             while self._pending and not self.outcome.failed:
                 now = time.monotonic()
                 if self._limit is not None and now >= self._limit:
+                    self.outcome.limit_passed = True
                     return
                 redraw = max(now + _REDRAW, self._started + DELAY)
                 self._take(redraw if self._limit is None else min(redraw, self._limit))
@@ -84,7 +87,12 @@ class Call:
         for rank in self._pending:
             member = self._team.members[rank]
             self._team.cluster.interrupt(member.engine, member.pid)
-        self._take_until(time.monotonic() + _INTERRUPT)
+        patience = (
+            _INTERRUPT_AFTER_ERROR
+            if self.outcome.failures and not self.outcome.timed_out
+            else _INTERRUPT
+        )
+        self._take_until(time.monotonic() + patience)
         self.outcome.lost = set(self._pending)
         self._note_where()
 

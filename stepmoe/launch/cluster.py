@@ -57,6 +57,10 @@ class Cluster:
         self.folder = Path(tempfile.mkdtemp(prefix="stepmoe-"))  # mode 0700
         self.deaths: list[tuple[int, int | None]] = []
         self.on_death: Callable[[int, int | None], None] = lambda pid, code: None
+        # IPython puts one here that others may read, unless it exists.
+        readme = self.folder / "startup" / "README"
+        readme.parent.mkdir(mode=0o700)
+        readme.touch(mode=0o600)
         self._stopping = False
         self._loop = _LoopThread()
         self._client: Any = None
@@ -76,7 +80,6 @@ class Cluster:
             self._loop.run(self._cluster.start_cluster())
         finally:
             os.umask(self.umask)
-        (self.folder / "startup" / "README").unlink(missing_ok=True)  # others could read it
         for launcher in self._launchers():
             launcher.on_stop(self._ended)
         self._client = self._loop.run(self._cluster.connect_client())

@@ -30,12 +30,14 @@ class Outcome:
         deaths: exit codes of ranks that ended (negative: the signal), None if unknown.
         where: what ranks reported when the time limit came.
         lost: ranks that neither answered nor let themselves be interrupted.
+        limit_passed: no rank had failed until well after the limit.
     """
 
     answers: dict[int, Answer] = field(default_factory=dict)
     deaths: dict[int, int | None] = field(default_factory=dict)
     where: dict[int, str] = field(default_factory=dict)
     lost: set[int] = field(default_factory=set)
+    limit_passed: bool = False
 
     @property
     def failures(self) -> dict[int, Failure]:
@@ -52,6 +54,11 @@ class Outcome:
     def failed(self) -> bool:
         """Whether a rank has ended, or answered with anything but a result."""
         return bool(self.deaths) or any(a.value is None for a in self.answers.values())
+
+    @property
+    def timed_out(self) -> bool:
+        """Whether a rank exceeded the time limit; only then an interrupted one says where."""
+        return self.limit_passed or any(answer.interrupted for answer in self.answers.values())
 
     @property
     def lacks_cause(self) -> bool:
@@ -86,11 +93,7 @@ def error_from(outcome: Outcome, world: int, timeout: float | None, after: str) 
                 f"return tensors, numbers, strings or containers of them\n{after}"
             )
             return RankError(message, rank=rank)
-    if (
-        outcome.where
-        or outcome.lost
-        or any(answer.interrupted is not None for answer in outcome.answers.values())
-    ):
+    if outcome.timed_out:
         return _timed_out(outcome, world, timeout, after)
     return _raised(next(iter(failures)), failures, after)
 

@@ -115,10 +115,10 @@ class Ranks:
             except KeyboardInterrupt:
                 self._clean_up(call)
                 raise
-            after = "" if call.succeeded else self._clean_up(call)
-            _print(call.output())
-            if after:
+            if not call.succeeded:
+                after = self._clean_up(call)
                 raise error_from(call.outcome, self._wanted.n, timeout, after) from None
+            _print(call.output())
             return unpacked(call.outcome.values)
 
     def restart(self) -> None:
@@ -189,9 +189,10 @@ class Ranks:
         return team
 
     def _clean_up(self, call: "Call") -> str:
-        """Make the next call work; says how."""
+        """Show what the ranks wrote and make the next call work; says how."""
         try:
             call.clean_up()
+            _print(call.output())
         except KeyboardInterrupt:
             self._restart()
             raise

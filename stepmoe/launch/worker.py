@@ -25,7 +25,9 @@ from stepmoe.launch.answers import Answer, Failure, Frame, Setup
 from stepmoe.launch.deadline import Deadline, publish
 
 # What a rank sees when another one closed their connection: never the cause.
-_CONSEQUENCE = re.compile(r"closed by peer|reset by peer|broken pipe", re.IGNORECASE)
+_CONSEQUENCE = re.compile(
+    r"closed by peer|reset by peer|broken pipe|failed to recv, got 0 bytes", re.IGNORECASE
+)
 
 
 @dataclass
@@ -94,7 +96,7 @@ def execute(payload: bytes, epoch: int, timeout: float | None) -> Answer:
     if failure is None:
         return _pack(value)
     let_go()
-    if _me.interrupted and failure.name == "KeyboardInterrupt":
+    if _me.interrupted:  # whatever was raised since is no cause
         return Answer(interrupted=where or "")
     return Answer(failure=failure)
 
@@ -174,7 +176,7 @@ def _describe(error: BaseException) -> Failure:
             for entry in traceback.extract_tb(error.__traceback__)
             if entry.filename != __file__
         ],
-        consequence=bool(_CONSEQUENCE.search(text)),
+        consequence=isinstance(error, RuntimeError) and bool(_CONSEQUENCE.search(text)),
         time=time.time(),
         parent=_describe(parent) if parent else None,
     )

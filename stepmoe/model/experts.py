@@ -13,7 +13,7 @@ from stepmoe.parallel import ParallelConfig
 
 
 class RoutedExperts(nn.Module):
-    """The router, and this rank's part of the experts. The output is a partial sum over all tp ranks.
+    """The router, and this rank's part of the experts; its output is a partial sum over all ranks.
 
     Every rank routes every token (the router is replicated) and computes what its own experts, or
     its slice of their intermediate size, contribute; the other experts contribute zeros here.
@@ -38,8 +38,10 @@ class RoutedExperts(nn.Module):
         topk_ids, topk_weights = self.gate(hidden_states, self.router_bias)
         return self.apply_experts(hidden_states, topk_ids, topk_weights)
 
-    def apply_experts(self, hidden_states: Tensor, topk_ids: Tensor, topk_weights: Tensor) -> Tensor:
-        """Weighted sum of the local experts' outputs; (T, D), (T, K) int64, (T, K) to (T, D) partial.
+    def apply_experts(
+        self, hidden_states: Tensor, topk_ids: Tensor, topk_weights: Tensor
+    ) -> Tensor:
+        """Weighted sum of the local experts: (T, D), (T, K) int64, (T, K) to (T, D) partial.
 
         Rows are sorted by expert so that each expert is one block of a grouped matrix product; rows
         of experts that other ranks hold are sorted behind the last block, which leaves them

@@ -8,7 +8,7 @@ from torch import Tensor, nn
 
 
 def clamped_swiglu(gate: Tensor, up: Tensor, limit: float | None) -> Tensor:
-    """silu(gate).clamp(max=limit) * up.clamp(-limit, limit); limit None: no clamp. Any equal shapes."""
+    """silu(gate).clamp(max=limit) * up.clamp(-limit, limit), equal shapes; None: no clamp."""
     activated = F.silu(gate)
     if limit is not None:
         activated, up = activated.clamp(max=limit), up.clamp(-limit, limit)

@@ -11,7 +11,7 @@ from stepmoe.config import LayerConfig, RopeScaling
 
 
 def inverse_frequencies(layer: LayerConfig) -> Tensor:
-    """Angle per position of each rotated pair, float64 (rotary_dim / 2,): theta^(-2i / rotary_dim)."""
+    """Angle per position of each pair, float64 (rotary_dim / 2,): theta^(-2i / rotary_dim)."""
     # On the CPU by name: models are first built on the meta device.
     pairs = torch.arange(0, layer.rotary_dim, 2, dtype=torch.float64, device="cpu")
     exponent = pairs / layer.rotary_dim
@@ -20,7 +20,7 @@ def inverse_frequencies(layer: LayerConfig) -> Tensor:
 
 
 def _llama3(frequencies: Tensor, scaling: RopeScaling) -> Tensor:
-    """Wavelengths above original/low are stretched by factor, below original/high kept, between blended.
+    """Stretch wavelengths above original/low by factor, keep those below original/high, blend between.
 
     Source: the llama3 rope_type of transformers' modeling_rope_utils.
     """
@@ -34,7 +34,7 @@ def _llama3(frequencies: Tensor, scaling: RopeScaling) -> Tensor:
 
 
 def cos_sin(positions: Tensor, frequencies: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
-    """Cosine and sine (L, rotary_dim / 2) of positions (L,), angles computed in float32 or wider."""
+    """Cosine and sine (L, rotary_dim / 2) of positions (L,), angles in float32 or wider."""
     wide = torch.promote_types(dtype, torch.float32)
     angles = positions.to(wide)[:, None] * frequencies.to(wide)
     return angles.cos().to(dtype), angles.sin().to(dtype)

@@ -47,8 +47,8 @@ class Step:
 class DecoderLayer(nn.Module):
     """One decoder layer's share of the weights. A variant adds `forward`.
 
-    forward(hidden_states, residual, step) takes and returns what flows between layers: the output of
-    the last sub-layer, not yet added, and the residual stream. residual is None before the first.
+    forward(hidden_states, residual, step) takes and returns what flows between layers: the output
+    of the last sub-layer, not yet added, and the residual stream (None before the first layer).
     """
 
     shards_residual = False  # whether each rank keeps only its own tokens between sub-layers
@@ -69,7 +69,7 @@ class DecoderLayer(nn.Module):
             self.moe = RoutedExperts(config, layer, parallel, comm.group.index)
             self.share_expert = GatedMLP(hidden_size, size_local, layer.swiglu_limit_shared)
         else:
-            # vLLM, too, clamps dense MLP and shared expert by one list; published dense layers have 0.
+            # One list for both, as in vLLM; it is 0 (no clamp) on the published dense layers.
             size_local = config.intermediate_size // parallel.tp
             self.mlp = GatedMLP(hidden_size, size_local, layer.swiglu_limit_shared)
 
@@ -80,12 +80,16 @@ class DecoderLayer(nn.Module):
 
     def flush(self, hidden_states: Placed) -> Placed:
         """Complete the sum that the last layer left pending, if it did."""
-        return self.comm.all_reduce(hidden_states, "flush") if hidden_states.is_partial else hidden_states
+        return (
+            self.comm.all_reduce(hidden_states, "flush")
+            if hidden_states.is_partial
+            else hidden_states
+        )
 
     def add_norm(
         self, norm: GemmaRMSNorm, hidden_states: Placed, residual: Placed | None
     ) -> tuple[Placed, Placed]:
-        """Add to the residual and normalise; both must be complete. Returns (normalised, residual)."""
+        """Add to the residual and normalise, both complete. Returns (normalised, residual)."""
         hidden_states.complete("the norm")
         site = next((name for name, own in self.named_children() if own is norm), "final_norm")
         if residual is None:

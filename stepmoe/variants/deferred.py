@@ -21,7 +21,9 @@ class DeferredLayer(DecoderLayer):
         if not self.attention_dp:
             attn_output = self.comm.all_reduce(attn_output, "post_attention_layernorm")
 
-        hidden_states, residual = self.add_norm(self.post_attention_layernorm, attn_output, residual)
+        hidden_states, residual = self.add_norm(
+            self.post_attention_layernorm, attn_output, residual
+        )
         if self.attention_dp:
             hidden_states = self.comm.all_gather(hidden_states, "mlp_input")
         if self.is_moe:

@@ -27,7 +27,9 @@ class ReduceScatterLayer(DecoderLayer):
             attn_partial = self.attention(hidden_states, step)
             attn_output = self.comm.reduce_scatter(attn_partial, step.tokens_per_rank, "o_proj")
 
-        hidden_states, residual = self.add_norm(self.post_attention_layernorm, attn_output, residual)
+        hidden_states, residual = self.add_norm(
+            self.post_attention_layernorm, attn_output, residual
+        )
         hidden_states = self.comm.all_gather(hidden_states, "mlp_input")
         if self.is_moe:
             shared_partial = self.shared_expert(hidden_states, step)

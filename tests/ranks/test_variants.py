@@ -26,7 +26,7 @@ ATTENTION = ["tp", "dp"]
 
 
 def reference_case(path, variant, parallel, input_ids):
-    """Logits, completed states and ledger of one rank; plus whether all ranks have the same bits."""
+    """One rank's logits, completed states and counts; and whether all ranks have the same bits."""
     model = sm.Step3p5ForCausalLM.from_pretrained(path, variant, parallel, device="cpu")
     with sm.Ledger() as ledger:
         logits = model(input_ids)
@@ -65,13 +65,13 @@ def test_reference(ranks4, variant, tp, ep, attention):
 
 
 # One dense layer (0) and three MoE layers (1, 2, 3). Derived by hand from the layer's structure:
-#   three_all_reduces   dense: attention, mlp = 2; MoE: attention, shared, routed = 3: 2 + 3 x 3 = 11
+#   three_all_reduces   dense: attention, mlp = 2; MoE: attention, shared, routed = 3; 2 + 9 = 11
 #   deferred            attention and mlp_output in each of 4 layers = 8
 #   fused               the same 8 sums; the last one has no norm behind it in the stack: 7 fused,
 #                       1 plain all_reduce (flush)
 #   reduce_scatter      2 all_gather + 2 reduce_scatter a layer, and 1 all_gather before the head
-# attention="dp": attention needs no sum (-4); the MLP needs every token (+4 all_gather), and so does
-# the head (+1 all_gather). reduce_scatter keeps 1 all_gather + 1 reduce_scatter a layer, + 1.
+# attention="dp": attention needs no sum (-4); the MLP needs every token (+4 all_gather), and so
+# does the head (+1 all_gather). reduce_scatter keeps 1 all_gather + 1 reduce_scatter a layer, + 1.
 COUNTS = {
     ("three_all_reduces", "tp"): {"all_reduce": 11},
     ("deferred", "tp"): {"all_reduce": 8},
@@ -95,7 +95,9 @@ def ledger_case(path, variant, parallel, input_ids):
 @pytest.mark.parametrize("variant", sm.VARIANTS)
 def test_ledger_counts_and_bytes_are_exact(ranks4, variant, attention):
     parallel = sm.ParallelConfig(4, 2, attention)
-    ids = REFERENCE["input_ids"][:, :30]  # 60 tokens: 15 a rank; under dp 1 row a rank, 2 ranks idle
+    ids = REFERENCE["input_ids"][
+        :, :30
+    ]  # 60 tokens: 15 a rank; under dp 1 row a rank, 2 ranks idle
     for rank, ledger in enumerate(ranks4.run(ledger_case, TINY, variant, parallel, ids)):
         assert ledger.rank == rank
         assert ledger.counts() == COUNTS[variant, attention]
@@ -136,10 +138,12 @@ def oracle_case(case, weights_seed, input_ids):
     return logits, capture.states
 
 
-@settings(max_examples=40, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@settings(
+    max_examples=40, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture]
+)
 @given(data=st.data())
 def test_random_shapes_against_the_oracle(ranks4, data):
-    """Any shape, layout, batch and length: batch 1 and single tokens, token counts tp does not divide."""
+    """Any shape, layout, batch and length: single tokens, token counts that tp does not divide."""
     tp, ep = data.draw(st.sampled_from(LAYOUTS))
     config = data.draw(configs(tp))
     parallel = sm.ParallelConfig(tp, ep, data.draw(st.sampled_from(ATTENTION)))

@@ -72,7 +72,10 @@ def test_prediction_layers_are_ignored(folder):
     [
         ({NORM: None}, f"tensor {NORM} is missing"),
         ({"model.layers.2.bias": torch.ones(2)}, r"tensor model.layers.2.bias of .* is surplus"),
-        ({NORM: torch.ones(63)}, rf"tensor {NORM} of .*model.safetensors has shape \(63,\).*\(64,\)"),
+        (
+            {NORM: torch.ones(63)},
+            rf"tensor {NORM} of .*model.safetensors has shape \(63,\).*\(64,\)",
+        ),
         ({NORM: torch.ones(64, dtype=torch.int32)}, f"tensor {NORM} of .* is torch.int32"),
         ({"model.layers.1.moe.up_proj.weight_scale_inv": torch.ones(1)}, "FP8"),
     ],

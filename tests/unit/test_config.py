@@ -50,7 +50,7 @@ def test_bad_fields_are_named(changes, message):
 
 
 def test_no_file_and_no_json(tmp_path):
-    with pytest.raises(sm.ConfigError, match="no config.json"):
+    with pytest.raises(sm.ConfigError, match=r"no config\.json"):
         sm.Step3p5Config.from_pretrained(tmp_path)
     (tmp_path / "config.json").write_text("{")
     with pytest.raises(sm.ConfigError, match="not valid JSON"):
@@ -58,5 +58,5 @@ def test_no_file_and_no_json(tmp_path):
 
 
 def test_a_layer_that_does_not_exist():
-    with pytest.raises(sm.ConfigError, match="layer 5 does not exist: .* 0 to 4"):
+    with pytest.raises(sm.ConfigError, match=r"layer 5 does not exist: .* 0 to 4"):
         sm.Step3p5Config.tiny().layer(5)

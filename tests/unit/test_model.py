@@ -129,7 +129,9 @@ def test_grouped_experts_equal_the_loop_over_tokens(dtype):
         for t in range(37):
             for e, weight in zip(topk_ids[t].tolist(), topk_weights[t].tolist(), strict=True):
                 parts = (full[f"{n}_proj.weight"][e].double() for n in ("gate", "up", "down"))
-                expected[t] += weight * oracle.swiglu(x[t].double(), *parts, config.layer(4).swiglu_limit)
+                expected[t] += weight * oracle.swiglu(
+                    x[t].double(), *parts, config.layer(4).swiglu_limit
+                )
         # Entries are of size 1: float32 keeps 1e-5; bfloat16 (2^-9) rounds four partial results.
         tolerance = 1e-5 if dtype is torch.float32 else 4e-2
         torch.testing.assert_close(total, expected, atol=tolerance, rtol=tolerance)
@@ -139,7 +141,9 @@ def test_norm_is_computed_in_float32_and_keeps_the_one():
     x, weight = torch.randn(5, 64).bfloat16(), torch.randn(64).mul(0.1).bfloat16()
     expected = oracle.norm(x.double(), weight.double(), 1e-5)
     # One rounding to bfloat16 (2^-9 relative) at the very end, none before.
-    torch.testing.assert_close(gemma_rms_norm(x, weight, 1e-5).double(), expected, rtol=2**-8, atol=1e-6)
+    torch.testing.assert_close(
+        gemma_rms_norm(x, weight, 1e-5).double(), expected, rtol=2**-8, atol=1e-6
+    )
     assert gemma_rms_norm(x, torch.zeros(64), 1e-5).abs().mean() > 0.5, "weight 0 means scale 1"
 
 
@@ -198,5 +202,7 @@ def test_layer_settings_of_the_published_shape():
     assert sliding.rope_scaling is None
     assert [layer.is_moe for layer in flash.layers] == [False] * 3 + [True] * 42
     assert (last.swiglu_limit, last.swiglu_limit_shared) == (7.0, 16.0)
-    total = sum(torch.Size(layout.shape).numel() for layout in tensor_layouts(flash, ONE, 0).values())
+    total = sum(
+        torch.Size(layout.shape).numel() for layout in tensor_layouts(flash, ONE, 0).values()
+    )
     assert round(total / 1e9) == 197  # published: 196 B, without saying how embeddings are counted

@@ -70,7 +70,11 @@ def test_impossible_layouts(arguments, message):
     ("changes", "parallel", "message"),
     [
         ({}, sm.ParallelConfig(tp=3), "16 query heads of the full layers .* tp=3"),
-        ({"num_attention_heads_sliding": 12}, sm.ParallelConfig(tp=8), "12 query heads of the sliding"),
+        (
+            {"num_attention_heads_sliding": 12},
+            sm.ParallelConfig(tp=8),
+            "12 query heads of the sliding",
+        ),
         ({"intermediate_size": 100}, sm.ParallelConfig(tp=8), "intermediate_size=100 .* tp=8"),
         ({"num_experts": 6}, sm.ParallelConfig(tp=4, ep=4), "num_experts=6 .* ep=4"),
         ({"moe_intermediate_size": 6}, sm.ParallelConfig(tp=8, ep=2), "6 cannot be cut tp/ep=4"),
@@ -100,10 +104,12 @@ def test_a_model_that_needs_ranks_says_so_before_anything_waits():
 
 def test_rows_that_grouped_mm_cannot_take_are_named():
     config = sm.Step3p5Config.tiny().replace(moe_intermediate_size=12)
-    with pytest.raises(sm.ConfigError, match="moe_intermediate_size .* = 12 in torch.bfloat16"):
+    with pytest.raises(sm.ConfigError, match=r"moe_intermediate_size .* = 12 in torch.bfloat16"):
         sm.Step3p5ForCausalLM.from_config(config, dtype=torch.bfloat16)
 
 
 def test_unknown_variant_is_named():
-    with pytest.raises(sm.ConfigError, match="'two_all_reduces' is not known: use one of three_all"):
+    with pytest.raises(
+        sm.ConfigError, match="'two_all_reduces' is not known: use one of three_all"
+    ):
         sm.Step3p5ForCausalLM.from_config(sm.Step3p5Config.tiny(), variant="two_all_reduces")

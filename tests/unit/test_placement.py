@@ -1,4 +1,4 @@
-"""Wrong sums cannot pass: every one raises, before anything is sent, naming layer, tensor and group.
+"""Wrong sums cannot pass: each raises before anything is sent, naming layer, tensor and group.
 
 The groups here have no process group: a check that came after the communication would crash.
 """
@@ -30,13 +30,17 @@ def test_reducing_what_is_complete(x):
         lambda: TP.reduce_scatter(whole, 2, "mlp"),
         lambda: TP.all_reduce_add_rms_norm(whole, whole, torch.zeros(8), 1e-5, "norm"),
     ):
-        with pytest.raises(sm.PlacementError, match=r"layer 2, mlp_output is Replicate .* multiply it by 4"):
+        with pytest.raises(
+            sm.PlacementError, match=r"layer 2, mlp_output is Replicate .* multiply it by 4"
+        ):
             reduce()
 
 
 def test_reducing_over_the_wrong_group(x):
     routed = TP.partial(x, "experts_output", layer=3)
-    expected = r"layer 3, experts_output is Partial over tp \(ranks 0, 1, 2, 3\).*moe_tp \(ranks 0, 1\)"
+    expected = (
+        r"layer 3, experts_output is Partial over tp \(ranks 0, 1, 2, 3\).*moe_tp \(ranks 0, 1\)"
+    )
     with pytest.raises(sm.PlacementError, match=expected):
         MOE_TP.all_reduce(routed, "experts")
     with pytest.raises(sm.PlacementError, match=expected):
@@ -45,7 +49,9 @@ def test_reducing_over_the_wrong_group(x):
 
 def test_a_nonlinear_operation_on_a_pending_sum(x):
     pending = TP.partial(x, "attn_output", layer=1)
-    with pytest.raises(sm.PlacementError, match="layer 1, attn_output: the norm needs the complete"):
+    with pytest.raises(
+        sm.PlacementError, match="layer 1, attn_output: the norm needs the complete"
+    ):
         pending.complete("the norm")
     with pytest.raises(sm.PlacementError, match="all_gather needs the complete"):
         TP.all_gather(pending, "mlp_input")
@@ -74,7 +80,9 @@ def test_reducing_the_same_partial_sum_twice(x):
     alone = Communicator(RankGroup("tp", (0,)))
     pending = alone.partial(x, "attn_output", layer=1)
     alone.all_reduce(pending, "o_proj")
-    with pytest.raises(sm.PlacementError, match="attn_output: all_reduce of a partial sum that was already"):
+    with pytest.raises(
+        sm.PlacementError, match="attn_output: all_reduce of a partial sum that was already"
+    ):
         alone.all_reduce(pending, "o_proj")
     with pytest.raises(sm.PlacementError, match="already reduced"):
         pending + alone.partial(x, "more", 1)
@@ -89,7 +97,9 @@ class ForgetfulLayer(FusedLayer):
 
 def test_a_pending_sum_forgotten_at_the_end_of_the_stack():
     model = sm.Step3p5ForCausalLM.from_config(sm.Step3p5Config.tiny(), variant=ForgetfulLayer)
-    with pytest.raises(sm.PlacementError, match=r"layer 4, share_expert_output \+ experts_output: the norm"):
+    with pytest.raises(
+        sm.PlacementError, match=r"layer 4, share_expert_output \+ experts_output: the norm"
+    ):
         model(torch.zeros(1, 3, dtype=torch.int64))
 
 

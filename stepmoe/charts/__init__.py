@@ -1,0 +1,1 @@
+from stepmoe.charts.dataflow import dataflow

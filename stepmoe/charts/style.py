@@ -1,0 +1,167 @@
+"""How the pictures look: one colour for one thing in every chart, and never colour alone.
+
+The colours are those of Okabe and Ito ("Color Universal Design", 2008), which people with any of the
+common colour deficiencies can tell apart; hatches, markers and line styles repeat what they say.
+"""
+
+from __future__ import annotations
+
+from contextlib import AbstractContextManager
+
+import matplotlib as mpl
+import matplotlib.pyplot as plt
+from matplotlib.artist import Artist
+from matplotlib.axes import Axes
+from matplotlib.figure import Figure
+from matplotlib.patches import Patch
+from matplotlib.text import Text
+
+INK = "#222222"
+FAINT = "#8A8A8A"
+PAPER = "#FFFFFF"
+
+# The variant and the collective that makes it special share a colour.
+COLOURS = {
+    "three_all_reduces": "#D55E00",
+    "deferred": "#4D4D4D",
+    "fused": "#CC79A7",
+    "reduce_scatter": "#009E73",  # the variant and the collective
+    "all_reduce": "#D55E00",
+    "all_gather": "#0072B2",
+    "all_reduce_add_rms_norm": "#CC79A7",
+    "attention": "#56B4E9",
+    "mlp": "#F0E442",
+    "experts": "#F0E442",
+    "share_expert": "#E69F00",
+    "norm": "#C9C9C9",
+    "add": "#C9C9C9",
+    "Replicate": "#222222",
+    "Shard": "#009E73",
+    "Partial": "#D55E00",
+}
+OTHER = "#FFFFFF"  # a step of someone's own variant; it is named wherever it is drawn
+
+# Repeats the colour of a step: dense hatches are collectives.
+HATCHES = {
+    "all_reduce": "////",
+    "reduce_scatter": "\\\\\\\\",
+    "all_gather": "----",
+    "all_reduce_add_rms_norm": "xxxx",
+    "experts": "..",
+    "share_expert": "oo",
+    "add": "||",
+}
+# For curves, one a variant.
+MARKERS = {"three_all_reduces": "o", "deferred": "s", "fused": "^", "reduce_scatter": "D"}
+# A placement's line, marker and how much of the marker is filled: whole, a part, a sum to be made.
+PLACEMENTS = {
+    "Replicate": ("-", "s", "full"),
+    "Shard": ((0, (4, 1.5)), "s", "bottom"),
+    "Partial": ((0, (1, 1)), "P", "full"),
+}
+# What a collective is called where its name does not fit.
+CODES = {
+    "all_reduce": "AR",
+    "reduce_scatter": "RS",
+    "all_gather": "AG",
+    "all_reduce_add_rms_norm": "AR+norm",
+}
+NAMES = {"experts": "routed experts", "share_expert": "shared expert", "mlp": "dense MLP"}
+
+_SETTINGS = {
+    "font.family": "sans-serif",
+    "font.sans-serif": ["DejaVu Sans"],  # comes with matplotlib: the same everywhere
+    "font.size": 11,
+    "axes.titlesize": 13,
+    "axes.titleweight": "bold",
+    "axes.labelsize": 11,
+    "xtick.labelsize": 10.5,
+    "ytick.labelsize": 11,
+    "legend.fontsize": 10.5,
+    "text.color": INK,
+    "axes.labelcolor": INK,
+    "xtick.color": INK,
+    "ytick.color": INK,
+    "axes.edgecolor": FAINT,
+    "axes.spines.top": False,
+    "axes.spines.right": False,
+    "hatch.linewidth": 0.8,
+    # Opaque, so that dark text stays on light ground on a dark page.
+    "figure.facecolor": PAPER,
+    "savefig.facecolor": PAPER,
+    "axes.facecolor": PAPER,
+    "figure.dpi": 100,
+}
+
+
+def style() -> AbstractContextManager[None]:
+    """The look of stepmoe's charts, for one's own plots: `with charts.style(): plt.plot(...)`."""
+    return mpl.rc_context(_SETTINGS)
+
+
+def new_figure(width: float, height: float) -> Figure:
+    """An empty figure, in inches, that a notebook shows once: where it is a cell's result.
+
+    pyplot makes it, because that is what loads a notebook's image formatter; closing it keeps it
+    from being shown a second time at the end of the cell.
+    """
+    figure = plt.figure(figsize=(width, height))
+    plt.close(figure)
+    return figure
+
+
+def inch_axes(figure: Figure, left: float, top: float, width: float, height: float) -> Axes:
+    """Axes whose data coordinates are inches from their own upper left corner, y downwards."""
+    total_width, total_height = figure.get_size_inches()
+    axes = figure.add_axes(
+        (
+            left / total_width,
+            1 - (top + height) / total_height,
+            width / total_width,
+            height / total_height,
+        )
+    )
+    axes.set(xlim=(0, width), ylim=(height, 0))
+    axes.axis("off")
+    return axes
+
+
+def text_width(text: Text) -> float:
+    """Width of a text as it will be drawn, in inches."""
+    figure = text.get_figure(root=True)
+    assert figure is not None
+    return text.get_window_extent().width / figure.dpi
+
+
+def name_of(op: str) -> str:
+    """A step's name in words."""
+    return NAMES.get(op, op)
+
+
+def legend_patches(ops: list[str]) -> list[Artist]:
+    """One legend entry a step, with its colour, hatch and, for a collective, its short code."""
+    return [
+        Patch(
+            facecolor=COLOURS.get(op, OTHER),
+            hatch=HATCHES.get(op),
+            edgecolor=INK,
+            linewidth=0.6,
+            label=f"{CODES[op]} = {op}" if op in CODES else name_of(op),
+        )
+        for op in ops
+    ]
+
+
+def in_order(ops: set[str]) -> list[str]:
+    """Steps in the order of COLOURS, unknown ones behind."""
+    known = [op for op in COLOURS if op in ops]
+    return known + sorted(ops.difference(known))
+
+
+def readable_bytes(size: float) -> str:
+    """A size in bytes with a binary unit, three digits: 73,728 is "72.0 KiB"."""
+    for unit in ("B", "KiB", "MiB", "GiB"):
+        if size < 1024 or unit == "GiB":
+            break
+        size /= 1024
+    return f"{size:.0f} B" if unit == "B" else f"{size:.3g} {unit}" if size >= 100 else f"{size:.1f} {unit}"
