@@ -1,14 +1,83 @@
-"""What a model refuses before it computes anything, naming the value and the way out."""
+"""What a shape or a model refuses before anything is computed, naming the value and the way out."""
 
 from __future__ import annotations
+
+from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
 
-from stepmoe.config import Step3p5Config
 from stepmoe.errors import ConfigError
-from stepmoe.model.kv_cache import KVCache
-from stepmoe.parallel import ParallelConfig
+
+if TYPE_CHECKING:
+    from stepmoe.config import Step3p5Config
+    from stepmoe.model.kv_cache import KVCache
+    from stepmoe.parallel import ParallelConfig
+
+_POSITIVE = [
+    "hidden_size",
+    "intermediate_size",
+    "num_hidden_layers",
+    "vocab_size",
+    "head_dim",
+    "num_attention_heads",
+    "num_attention_heads_sliding",
+    "num_key_value_heads",
+    "sliding_window",
+    "num_experts",
+    "num_experts_per_tok",
+    "moe_intermediate_size",
+    "share_expert_dim",
+    "max_position_embeddings",
+]
+_PER_LAYER = [
+    "layer_types",
+    "rope_theta",
+    "partial_rotary_factors",
+    "swiglu_limits",
+    "swiglu_limits_shared",
+]
+
+
+def check_config(config: Step3p5Config) -> None:
+    """Raise ConfigError, naming field and value, for a shape that no model can have."""
+    for name in _POSITIVE:
+        value = getattr(config, name)
+        if not isinstance(value, int) or value < 1:
+            raise ConfigError(f"{name} must be a positive whole number, got {value!r}")
+    for name in _PER_LAYER:
+        if len(getattr(config, name)) != config.num_hidden_layers:
+            raise ConfigError(
+                f"{name} has {len(getattr(config, name))} entries "
+                f"for {config.num_hidden_layers} layers: give one a layer"
+            )
+    for kind in (*config.layer_types, *config.rope_scaling_layer_types):
+        if kind not in ("full_attention", "sliding_attention"):
+            raise ConfigError(
+                f"layer type {kind!r} is not known: use full_attention or sliding_attention"
+            )
+    for heads in (config.num_attention_heads, config.num_attention_heads_sliding):
+        if heads % config.num_key_value_heads:
+            raise ConfigError(
+                f"{heads} query heads cannot be grouped over "
+                f"{config.num_key_value_heads} key-value heads"
+            )
+    for factor in config.partial_rotary_factors:
+        if not 0 < factor <= 1 or int(config.head_dim * factor) % 2:
+            raise ConfigError(
+                f"partial rotary factor {factor} of head_dim {config.head_dim} "
+                "must leave an even number of dimensions between 2 and head_dim"
+            )
+    if config.num_experts_per_tok > config.num_experts:
+        raise ConfigError(
+            f"top-{config.num_experts_per_tok} routing needs at least as many experts, "
+            f"got {config.num_experts}"
+        )
+    outside = [i for i in config.moe_layers if not 0 <= i < config.num_hidden_layers]
+    if outside:
+        raise ConfigError(
+            f"moe_layers names layers {outside}, the model has 0 to {config.num_hidden_layers - 1}"
+        )
 
 
 def check_alignment(config: Step3p5Config, parallel: ParallelConfig, dtype: torch.dtype) -> None:

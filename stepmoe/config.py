@@ -7,10 +7,11 @@ sglang, vLLM and transformers (model_type "step3p5").
 from __future__ import annotations
 
 import json
-from dataclasses import dataclass, fields, replace
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, Literal
 
+from stepmoe.checks import check_config
 from stepmoe.errors import ConfigError
 
 AttentionType = Literal["full_attention", "sliding_attention"]
@@ -82,7 +83,7 @@ class Step3p5Config:
     torch_dtype: str = "bfloat16"
 
     def __post_init__(self) -> None:
-        _check(self)
+        check_config(self)
 
     def layer(self, index: int) -> LayerConfig:
         """The settings of decoder layer `index`."""
@@ -223,70 +224,3 @@ class Step3p5Config:
 
 def _one_full_three_sliding(num_layers: int) -> tuple[AttentionType, ...]:
     return tuple("sliding_attention" if i % 4 else "full_attention" for i in range(num_layers))
-
-
-_POSITIVE = [
-    "hidden_size",
-    "intermediate_size",
-    "num_hidden_layers",
-    "vocab_size",
-    "head_dim",
-    "num_attention_heads",
-    "num_attention_heads_sliding",
-    "num_key_value_heads",
-    "sliding_window",
-    "num_experts",
-    "num_experts_per_tok",
-    "moe_intermediate_size",
-    "share_expert_dim",
-    "max_position_embeddings",
-]
-_PER_LAYER = [
-    "layer_types",
-    "rope_theta",
-    "partial_rotary_factors",
-    "swiglu_limits",
-    "swiglu_limits_shared",
-]
-
-
-def _check(config: Step3p5Config) -> None:
-    """Raise ConfigError, naming field and value, for a shape that no model can have."""
-    assert {*_POSITIVE, *_PER_LAYER} <= {field.name for field in fields(config)}
-    for name in _POSITIVE:
-        value = getattr(config, name)
-        if not isinstance(value, int) or value < 1:
-            raise ConfigError(f"{name} must be a positive whole number, got {value!r}")
-    for name in _PER_LAYER:
-        if len(getattr(config, name)) != config.num_hidden_layers:
-            raise ConfigError(
-                f"{name} has {len(getattr(config, name))} entries "
-                f"for {config.num_hidden_layers} layers: give one a layer"
-            )
-    for kind in (*config.layer_types, *config.rope_scaling_layer_types):
-        if kind not in ("full_attention", "sliding_attention"):
-            raise ConfigError(
-                f"layer type {kind!r} is not known: use full_attention or sliding_attention"
-            )
-    for heads in (config.num_attention_heads, config.num_attention_heads_sliding):
-        if heads % config.num_key_value_heads:
-            raise ConfigError(
-                f"{heads} query heads cannot be grouped over "
-                f"{config.num_key_value_heads} key-value heads"
-            )
-    for factor in config.partial_rotary_factors:
-        if not 0 < factor <= 1 or int(config.head_dim * factor) % 2:
-            raise ConfigError(
-                f"partial rotary factor {factor} of head_dim {config.head_dim} "
-                "must leave an even number of dimensions between 2 and head_dim"
-            )
-    if config.num_experts_per_tok > config.num_experts:
-        raise ConfigError(
-            f"top-{config.num_experts_per_tok} routing needs at least as many experts, "
-            f"got {config.num_experts}"
-        )
-    outside = [i for i in config.moe_layers if not 0 <= i < config.num_hidden_layers]
-    if outside:
-        raise ConfigError(
-            f"moe_layers names layers {outside}, the model has 0 to {config.num_hidden_layers - 1}"
-        )

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 from typing import Any
 
+from stepmoe.config import RopeScaling
 from stepmoe.errors import ConfigError
 
 # Settings that every published Step-3.5 model shares. Another value means another model, and
@@ -115,8 +116,6 @@ def _moe_layers(published: dict[str, Any], num_layers: int) -> tuple[int, ...]:
 
 
 def _rope_scaling(published: dict[str, Any]) -> dict[str, Any]:
-    from stepmoe.config import RopeScaling
-
     scaling = published.get("rope_scaling")
     layer_types = tuple(published.get("yarn_only_types") or ())
     if not scaling:

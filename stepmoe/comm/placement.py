@@ -70,7 +70,7 @@ class Placed:
         if self.is_partial:
             raise PlacementError(
                 f"{self}: {operation} needs the complete value, but this is a partial sum over "
-                f"{self.group}. Reduce it first: all_reduce or reduce_scatter over {self.group.name}."
+                f"{self.group}. First all_reduce or reduce_scatter it over {self.group.name}."
             )
         return self
 

@@ -7,7 +7,7 @@ from torch import Tensor
 
 
 def gemma_rms_norm(x: Tensor, weight: Tensor, eps: float) -> Tensor:
-    """Normalise the last dim of x (..., D) by weight (D,), in float32 or wider; x's dtype returns."""
+    """Normalise the last dim of x (..., D), weight (D,), in float32 or wider; returns x's dtype."""
     wide = x.to(torch.promote_types(x.dtype, torch.float32))
     scale = torch.rsqrt(wide.square().mean(-1, keepdim=True) + eps)
     return (wide * scale * (1 + weight.to(wide.dtype))).to(x.dtype)

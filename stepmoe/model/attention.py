@@ -72,7 +72,7 @@ class Attention(nn.Module):
         return x.view(batch, -1, x.shape[1] // self.head_dim, self.head_dim).transpose(1, 2)
 
     def _attend(self, query: Tensor, key: Tensor, value: Tensor) -> Tensor:
-        """Causal attention of the last L of S positions; query (B, H, L, d), the rest (B, G, S, d)."""
+        """Causal attention of the last L of S positions: query (B, H, L, d), rest (B, G, S, d)."""
         length, seen = query.shape[2], key.shape[2]
         mask = None
         is_causal = length == seen and (self.window is None or seen <= self.window)

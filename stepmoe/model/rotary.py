@@ -20,7 +20,7 @@ def inverse_frequencies(layer: LayerConfig) -> Tensor:
 
 
 def _llama3(frequencies: Tensor, scaling: RopeScaling) -> Tensor:
-    """Stretch wavelengths above original/low by factor, keep those below original/high, blend between.
+    """Stretch waves longer than original/low by factor, keep those below original/high, else blend.
 
     Source: the llama3 rope_type of transformers' modeling_rope_utils.
     """

@@ -300,7 +300,7 @@ def test_the_same_function_under_torchrun(tmp_path: Path, environment: dict[str,
             device = init_distributed("cpu")
             names = "RANK", "WORLD_SIZE", "LOCAL_RANK", "STEPMOE_DEVICE"
             line = " ".join([*(os.environ[name] for name in names), str(device), str(work())])
-            os.write(1, (line + "\n").encode())     # in one piece: both ranks write here
+            os.write(1, (line + "\\n").encode())  # in one piece: both ranks write here
             dist.destroy_process_group()
             """
         )
