@@ -1,6 +1,11 @@
-"""What every test shares: a test marked `cuda` is skipped, with its reason, without a GPU."""
+"""What every test shares: models of the test process live on the CPU; cuda tests need a GPU."""
+
+import os
 
 import pytest
+
+# A test compares on the CPU, also on a machine with GPUs; ranks are given their device by Ranks.
+os.environ["STEPMOE_DEVICE"] = "cpu"
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:

@@ -192,7 +192,9 @@ class _Walk:
             self.main = makes
         else:
             makes = Value(step.tensor, step.placement)
-            if step.op == _FUSED:  # the ledger names the sum it completes; out come the norm and ...
+            if (
+                step.op == _FUSED
+            ):  # the ledger names the sum it completes; out come the norm and ...
                 makes = Value("hidden_states", step.placement)
                 self.residual = Value("residual", step.placement)
             self._append(Node(step.op, step, (self._main(),), makes))

@@ -7,6 +7,7 @@ common colour deficiencies can tell apart; hatches, markers and line styles repe
 from __future__ import annotations
 
 from contextlib import AbstractContextManager
+from typing import Any
 
 import matplotlib as mpl
 import matplotlib.pyplot as plt
@@ -41,12 +42,12 @@ COLOURS = {
 }
 OTHER = "#FFFFFF"  # a step of someone's own variant; it is named wherever it is drawn
 
-# Repeats the colour of a step: dense hatches are collectives.
+# Repeats the colour of a step: white lines on a collective, dark marks on local work.
 HATCHES = {
-    "all_reduce": "////",
-    "reduce_scatter": "\\\\\\\\",
-    "all_gather": "----",
-    "all_reduce_add_rms_norm": "xxxx",
+    "all_reduce": "///",
+    "reduce_scatter": "\\\\\\",
+    "all_gather": "---",
+    "all_reduce_add_rms_norm": "xxx",
     "experts": "..",
     "share_expert": "oo",
     "add": "||",
@@ -64,7 +65,7 @@ CODES = {
     "all_reduce": "AR",
     "reduce_scatter": "RS",
     "all_gather": "AG",
-    "all_reduce_add_rms_norm": "AR+norm",
+    "all_reduce_add_rms_norm": "ARN",
 }
 NAMES = {"experts": "routed experts", "share_expert": "shared expert", "mlp": "dense MLP"}
 
@@ -138,14 +139,19 @@ def name_of(op: str) -> str:
     return NAMES.get(op, op)
 
 
+def look_of(op: str) -> dict[str, Any]:
+    """Colour, hatch and outline of a step, as matplotlib's patches take them."""
+    look = {"facecolor": COLOURS.get(op, OTHER), "hatch": HATCHES.get(op)}
+    if op in CODES:
+        return {**look, "edgecolor": PAPER, "linewidth": 0.0}
+    return {**look, "edgecolor": INK, "linewidth": 0.5}
+
+
 def legend_patches(ops: list[str]) -> list[Artist]:
     """One legend entry a step, with its colour, hatch and, for a collective, its short code."""
     return [
         Patch(
-            facecolor=COLOURS.get(op, OTHER),
-            hatch=HATCHES.get(op),
-            edgecolor=INK,
-            linewidth=0.6,
+            **look_of(op),
             label=f"{CODES[op]} = {op}" if op in CODES else name_of(op),
         )
         for op in ops
@@ -153,15 +159,15 @@ def legend_patches(ops: list[str]) -> list[Artist]:
 
 
 def in_order(ops: set[str]) -> list[str]:
-    """Steps in the order of COLOURS, unknown ones behind."""
-    known = [op for op in COLOURS if op in ops]
+    """Collectives, then local work, each in a fixed order; unknown steps behind."""
+    known = [op for op in dict.fromkeys((*CODES, *COLOURS)) if op in ops]
     return known + sorted(ops.difference(known))
 
 
 def readable_bytes(size: float) -> str:
-    """A size in bytes with a binary unit, three digits: 73,728 is "72.0 KiB"."""
+    """A size in bytes with a binary unit: 73,728 is "72.0 KiB", 147,456 "144 KiB"."""
     for unit in ("B", "KiB", "MiB", "GiB"):
         if size < 1024 or unit == "GiB":
             break
         size /= 1024
-    return f"{size:.0f} B" if unit == "B" else f"{size:.3g} {unit}" if size >= 100 else f"{size:.1f} {unit}"
+    return f"{size:.0f} {unit}" if unit == "B" or size >= 100 else f"{size:.1f} {unit}"

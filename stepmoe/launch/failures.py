@@ -8,8 +8,8 @@ import textwrap
 from dataclasses import dataclass, field
 
 from stepmoe.errors import RankError, RankTimeout
-from stepmoe.launch.answers import Answer, Failure, Frame
-from stepmoe.launch.where import NOT_IN_ONE
+from stepmoe.launch.answers import Answer, Failure
+from stepmoe.launch.where import A_CELL, NOT_IN_ONE, is_cell
 
 AFRESH = "The next call works; what the ranks held (groups, models, launch.rank.state) is gone."
 RESTARTED = (
@@ -155,20 +155,20 @@ def traceback_text(failure: Failure) -> str:
         lines += [traceback_text(failure.parent), "which led to:"]
     for frame in failure.frames:
         source = frame.source or linecache.getline(frame.filename, frame.line).strip()
-        lines.append(f"  {short_name(frame)}, line {frame.line}, in {frame.function}")
+        lines.append(f"  {short_name(frame.filename)}, line {frame.line}, in {frame.function}")
         if source:
             lines.append(textwrap.indent(source, "    "))
     return "\n".join([*lines, failure.text])
 
 
-def short_name(frame: Frame) -> str:
-    """ "Cell In[3]" for a notebook's cell, else the path from the folder it is imported from."""
-    ipython = sys.modules.get("IPython")
-    shell = ipython.get_ipython() if ipython else None
-    if shell is not None:
-        named = shell.compile.format_code_name(frame.filename)
-        if named is not None:
-            return " ".join(named)
+def short_name(path: str) -> str:
+    """A file's path from the folder it is imported from; "a cell" for a notebook's.
+
+    A cell's number would help, but is not the same each time a notebook runs (and none at all
+    under nbval); the line of source that follows tells which cell it is.
+    """
+    if is_cell(path):
+        return A_CELL
     roots = [os.path.abspath(root) for root in sys.path]
-    fitting = [root for root in roots if frame.filename.startswith(root + os.sep)]
-    return os.path.relpath(frame.filename, max(fitting, key=len)) if fitting else frame.filename
+    fitting = [root for root in roots if path.startswith(root + os.sep)]
+    return os.path.relpath(path, max(fitting, key=len)) if fitting else path

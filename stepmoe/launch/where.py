@@ -18,6 +18,7 @@ _NOT_THEIRS = (
 )
 
 NOT_IN_ONE = "not in one"
+A_CELL = "a cell"
 
 
 def where_is_main_thread() -> str:
@@ -49,10 +50,13 @@ def describe(frame: FrameType | None) -> str:
     return f"{NOT_IN_ONE} ({_line(user_frame)})" if user_frame else NOT_IN_ONE
 
 
+def is_cell(path: str) -> bool:
+    """Whether a notebook's kernel made up this path for the code of a cell."""
+    return Path(path).parent.name.startswith("ipykernel_")
+
+
 def _line(frame: FrameType) -> str:
     code, number = frame.f_code, frame.f_lineno
     source = linecache.getline(code.co_filename, number).strip()
-    path = Path(code.co_filename)
-    # A notebook's kernel names a cell's code by a path that says nothing to its reader.
-    file = "a cell" if path.parent.name.startswith("ipykernel_") else path.name
+    file = A_CELL if is_cell(code.co_filename) else Path(code.co_filename).name
     return f"{code.co_name}, line {number} of {file}" + (f": {source}" if source else "")

@@ -140,7 +140,7 @@ def test_memory_does_not_grow_with_calls(ranks4: Ranks) -> None:
 
     def resident() -> float:
         processes = [psutil.Process(), *psutil.Process().children(recursive=True)]
-        return sum(process.memory_info().rss for process in processes) / 2**20
+        return float(sum(process.memory_info().rss for process in processes)) / 2**20
 
     def four_mebibytes() -> torch.Tensor:
         return torch.zeros(2**20)
@@ -160,7 +160,11 @@ def test_progress_reaches_the_caller_and_leaves(
     def work(items: int) -> int:
         from stepmoe.launch import progress
 
-        return sum(1 for _ in progress(range(items), desc="layers") if time.sleep(0.1) is None)
+        done = 0
+        for _ in progress(range(items), desc="layers"):
+            time.sleep(0.1)
+            done += 1
+        return done
 
     assert ranks4.run(work, 5) == [5] * 4
     assert capsys.readouterr().err == "", "short work shows no bar"

@@ -99,7 +99,7 @@ def test_an_error_shows_the_cell_and_its_line(
     assert text(outputs["error"]).splitlines()[:4] == [
         "rank 1 raised ValueError: in a cell",
         "Traceback of rank 1:",
-        "  Cell In[4], line 3, in fail",
+        "  a cell, line 3, in fail",
         '    raise ValueError("in a cell")',
     ]
 

@@ -226,6 +226,58 @@ def test_another_launcher(run: Callable[..., dict[str, Any]], tmp_path: Path) ->
     assert ended_after < 8
 
 
+GPU = """
+    import os, time, torch, torch.distributed as dist
+    from stepmoe.errors import RankError, RankTimeout
+    from stepmoe.launch import Ranks, rank_device
+
+    def reduce():
+        assert torch.cuda.current_device() == rank_device().index
+        ones = torch.ones(1, device=rank_device())
+        dist.all_reduce(ones)
+        return ones, str(rank_device())
+    def fail(act):
+        if dist.get_rank() == dist.get_world_size() - 1:
+            act()
+        dist.all_reduce(torch.ones(1, device=rank_device()))
+        torch.cuda.synchronize()
+    def no():
+        raise ValueError("no")
+    def read(results):
+        return [(tensor.item(), tensor.device.type, device) for tensor, device in results]
+
+    result = dict(sums=[], errors=[])
+    with Ranks({n}, device="auto") as ranks:
+        result["about"] = ranks.describe()
+        for act in (no, lambda: time.sleep(60), lambda: os.kill(os.getpid(), 9)):
+            result["sums"].append(read(ranks.run(reduce)))
+            start = time.monotonic()
+            try:
+                ranks.run(fail, act, timeout=2)
+            except (RankError, RankTimeout) as error:
+                result["errors"].append([str(error), time.monotonic() - start])
+        result["sums"].append(read(ranks.run(reduce)))
+"""
+
+
+@pytest.mark.cuda
+@pytest.mark.parametrize("n", [1, 4])
+def test_on_one_gpu(run: Callable[..., dict[str, Any]], n: int) -> None:
+    """Alone with NCCL, whose groups a failure does not survive; shared with gloo."""
+    result = run(GPU.replace("{n}", str(n)))
+    assert ("nccl" in result["about"]) == (n == 1)
+    assert ("share a GPU" in result["about"]) == (n > 1)
+    assert result["sums"] == [[[float(n), "cpu", "cuda:0"]] * n] * 4
+    (raised, raised_after), (late, late_after), (killed, killed_after) = result["errors"]
+    assert raised.startswith(f"rank {n - 1} raised ValueError: no")
+    assert raised_after < 1
+    assert f"rank {n - 1}: not in one" in late
+    assert late_after < 2 + 4
+    assert f"rank {n - 1} was killed by SIGKILL" in killed
+    assert killed_after < 8
+    assert ("being restarted" in raised) == (n == 1)
+
+
 @pytest.mark.parametrize("after", ["starting", "ready", "in a call"])
 def test_killing_the_kernel_leaves_nothing(
     tmp_path: Path, environment: dict[str, str], after: str
@@ -255,7 +307,7 @@ def test_killing_the_kernel_leaves_nothing(
     deadline = time.monotonic() + 5
     while time.monotonic() < deadline and (processes_of(folder) or list(folder.iterdir())):
         time.sleep(0.05)
-    left, files = processes_of(folder), list(folder.iterdir())
+    left, files = processes_of(folder), [path.name for path in folder.iterdir()]
     process.wait()
     assert left == []
     assert files == []

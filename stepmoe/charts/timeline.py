@@ -1,0 +1,320 @@
+"""Timelines: what every rank did when, one lane a rank, from the ledgers of one run."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from itertools import groupby
+
+from matplotlib.axes import Axes
+from matplotlib.figure import Figure
+
+from stepmoe.charts.style import (
+    CODES,
+    COLOURS,
+    FAINT,
+    INK,
+    in_order,
+    inch_axes,
+    legend_patches,
+    look_of,
+    new_figure,
+    style,
+    text_width,
+)
+from stepmoe.comm.ledger import Entry, Ledger
+from stepmoe.errors import ConfigError
+
+# Inches.
+_WIDTH, _LEFT, _RIGHT, _TITLE, _AXIS, _LEGEND_ROW = 10.0, 0.95, 0.25, 0.5, 0.62, 0.28
+_LAYERS, _CODES, _LEADER, _NAME = 0.24, 0.24, 0.16, 0.34  # strips above the lanes
+_LEGEND_COLUMNS = 4
+
+
+def timeline(
+    ledgers: Sequence[Ledger],
+    title: str | None = None,
+    layers: Iterable[int] | None = None,
+    label: str = "",
+) -> Figure:
+    """Draw one run: a lane for each rank, a bar for each step.
+
+    Each ledger counts from the moment it was opened, which differs from rank to rank. The lanes are
+    aligned at the end of the first collective: nobody leaves one before everybody has entered it, and
+    then its last message is on its way, so the ranks leave within one message of each other (and,
+    where they outnumber the cores, within the time the scheduler lets one wait).
+
+    Args:
+        ledgers: of all ranks of one run, rank order; `[ledger]` for one rank alone.
+        title: above the picture.
+        layers: only steps of these decoder layers; None means all steps.
+        label: what was measured, for the axis ("4 CPU ranks on 2 cores").
+
+    Raises:
+        ConfigError: there is nothing to draw or to align by, or more collectives than fit.
+    """
+    run = _Run.of(ledgers, layers)
+    return _draw({"": run}, title, label, lane=0.36)
+
+
+def timelines(
+    by_variant: Mapping[str, Sequence[Ledger]],
+    title: str | None = None,
+    layers: Iterable[int] | None = None,
+    label: str = "",
+) -> Figure:
+    """Draw runs of several variants below each other on one time axis.
+
+    Args:
+        by_variant: a name, best one of sm.VARIANTS, to the ledgers of all ranks.
+        title, layers, label: as in `timeline`.
+
+    Raises:
+        ConfigError: as `timeline`, with the variant's name.
+    """
+    if not by_variant:
+        raise ConfigError("no variant to draw: give {'deferred': ledgers of all ranks, ...}")
+    chosen = None if layers is None else list(layers)
+    runs = {name: _Run.of(ledgers, chosen, name) for name, ledgers in by_variant.items()}
+    return _draw(runs, title, label, lane=0.22)
+
+
+@dataclass
+class _Run:
+    """Steps of each rank, with starts on one clock: zero is the first step that is drawn."""
+
+    ranks: list[int]
+    steps: list[list[tuple[float, Entry]]]
+
+    @classmethod
+    def of(cls, ledgers: Sequence[Ledger], layers: Iterable[int] | None, name: str = "") -> _Run:
+        if isinstance(ledgers, Ledger):
+            raise ConfigError(
+                "give the ledgers of all ranks as a list; [ledger] for one rank alone"
+            )
+        ledgers, of_name = list(ledgers), f" of {name}" if name else ""
+        if not any(ledger.steps for ledger in ledgers):
+            raise ConfigError(
+                f"the ledgers{of_name} are empty: record them around a model call, "
+                "`with sm.Ledger() as ledger: model(input_ids)`, and return them from every rank"
+            )
+        chosen = None if layers is None else set(layers)
+        steps = [
+            [
+                (step.start - zero, step)
+                for step in ledger.steps
+                if chosen is None or step.layer in chosen
+            ]
+            for ledger, zero in zip(ledgers, _zeros(ledgers, of_name), strict=True)
+        ]
+        if not any(steps):
+            held = sorted(
+                {s.layer for ledger in ledgers for s in ledger.steps if s.layer is not None}
+            )
+            raise ConfigError(
+                f"no step of layers {sorted(chosen or ())}{of_name}; recorded: {held}"
+            )
+        first = min(start for lane in steps for start, _ in lane)
+        lanes = [[(start - first, step) for start, step in lane] for lane in steps]
+        return cls([ledger.rank for ledger in ledgers], lanes)
+
+    @property
+    def end(self) -> float:
+        """Seconds until the last step ended."""
+        return max(start + step.seconds for lane in self.steps for start, step in lane)
+
+    @property
+    def ops(self) -> set[str]:
+        return {step.op for lane in self.steps for _, step in lane}
+
+
+def _zeros(ledgers: Sequence[Ledger], of_name: str) -> list[float]:
+    """On each rank's own clock, the moment that is the same for all of them."""
+    if len(ledgers) == 1:
+        return [0.0]
+    firsts = [next(iter(ledger.entries), None) for ledger in ledgers]
+    if any(first is None for first in firsts):
+        raise ConfigError(
+            f"the ledgers{of_name} cannot be aligned: not every rank recorded a collective. "
+            "Record them around a call in which all ranks communicate, or draw one rank"
+        )
+    kinds = {(first.op, first.layer, first.site) for first in firsts if first}
+    if len(kinds) > 1:
+        raise ConfigError(
+            f"the ledgers{of_name} begin with different collectives ({sorted(map(str, kinds))}): "
+            "they are not of one run"
+        )
+    return [first.start + first.seconds for first in firsts if first]
+
+
+def _draw(runs: Mapping[str, _Run], title: str | None, label: str, lane: float) -> Figure:
+    ops = in_order(set().union(*(run.ops for run in runs.values())))
+    legend = _LEGEND_ROW * -(-len(ops) // _LEGEND_COLUMNS)
+    heights = [
+        _LAYERS + _CODES + _LEADER + lane * len(run.ranks) + (_NAME if name else 0)
+        for name, run in runs.items()
+    ]
+    head = _TITLE if title else 0.1
+    end = max(run.end for run in runs.values())
+    scale, unit = (1e3, "ms") if end >= 1e-3 else (1e6, "µs")
+    with style():
+        figure = new_figure(_WIDTH, head + sum(heights) + _AXIS + legend + 0.1)
+        if title:
+            figure.suptitle(title, weight="bold", size=13.5, y=1 - 0.25 / figure.get_figheight())
+        top, axes = head, None
+        for (name, run), height in zip(runs.items(), heights, strict=True):
+            axes = inch_axes(figure, _LEFT, top, _WIDTH - _LEFT - _RIGHT, height)
+            _Panel(axes, run, scale, end * scale, lane).draw(name)
+            top += height
+        assert axes is not None
+        _time_axis(axes, f"{unit} since the first step" + (f"  ({label})" if label else ""))
+        figure.legend(
+            handles=legend_patches(ops),
+            loc="lower center",
+            ncols=_LEGEND_COLUMNS,
+            frameon=False,
+            borderpad=0,
+            borderaxespad=0.4,
+            handlelength=2.4,
+            handleheight=1.2,
+        )
+    return figure
+
+
+def _time_axis(axes: Axes, label: str) -> None:
+    """Show the time axis below the lowest lanes."""
+    axes.axis("on")
+    axes.spines["left"].set_visible(False)
+    axes.yaxis.set_visible(False)
+    axes.set_xlabel(label)
+
+
+class _Panel:
+    """One run. x is time, y inches downwards from the panel's top."""
+
+    def __init__(self, axes: Axes, run: _Run, scale: float, end: float, lane: float) -> None:
+        self.axes, self.run, self.scale, self.lane = axes, run, scale, lane
+        self.inches = axes.get_xlim()[1]
+        self.height = axes.get_ylim()[0]
+        self.lanes_top = self.height - lane * len(run.ranks)
+        self.per_inch = end / self.inches
+        axes.set_xlim(0, end)
+
+    def draw(self, name: str) -> None:
+        if name:
+            self._name(name)
+        for row, (rank, steps) in enumerate(zip(self.run.ranks, self.run.steps, strict=True)):
+            middle = self.lanes_top + (row + 0.5) * self.lane
+            self.axes.text(
+                -0.1 * self.per_inch, middle, f"rank {rank}", size=10.5, ha="right", va="center"
+            )
+            self.axes.axhline(middle, color=FAINT, lw=0.5, zorder=0)
+            for start, step in steps:
+                self._bar(start, step, middle)
+        self._layers()
+        self._codes()
+
+    def _name(self, name: str) -> None:
+        """The variant, and what its run comes to."""
+        collectives = sum(step.kind == "collective" for _, step in self.run.steps[0])
+        self.axes.plot(
+            -0.8 * self.per_inch,
+            0.2,
+            marker="s",
+            markersize=9,
+            color=COLOURS.get(name, INK),
+            clip_on=False,
+        )
+        self.axes.text(-0.66 * self.per_inch, 0.2, name, size=11.5, weight="bold", va="center")
+        self.axes.text(
+            self.inches * self.per_inch,
+            0.2,
+            f"{collectives} collectives",
+            size=10.5,
+            ha="right",
+            va="center",
+        )
+
+    def _bar(self, start: float, step: Entry, middle: float) -> None:
+        collective = step.kind == "collective"
+        self.axes.barh(
+            middle,
+            step.seconds * self.scale,
+            left=start * self.scale,
+            height=self.lane * (0.78 if collective else 0.56),
+            zorder=3 if collective else 2,
+            **look_of(step.op),
+        )
+
+    def _layers(self) -> None:
+        """Where each layer begins and ends on the first lane, and its number if it fits."""
+        y = self.lanes_top - _LEADER - _CODES - _LAYERS / 2
+        for layer, group in groupby(self.run.steps[0], key=lambda pair: pair[1].layer):
+            pairs = list(group)
+            begin = pairs[0][0] * self.scale
+            end = (pairs[-1][0] + pairs[-1][1].seconds) * self.scale
+            if layer is None:
+                continue
+            self.axes.plot((begin, begin), (y, self.height), color=FAINT, lw=0.7, ls=":", zorder=1)
+            inset = min(0.03 * self.per_inch, (end - begin) / 4)
+            self.axes.plot(
+                (begin + inset, end - inset), (y + 0.1, y + 0.1), color=FAINT, lw=2, zorder=1
+            )
+            text = self.axes.text(
+                (begin + end) / 2, y - 0.02, "", size=10, ha="center", va="center"
+            )
+            for words in (f"layer {layer}", str(layer), ""):
+                text.set_text(words)
+                if text_width(text) + 0.06 <= (end - begin) / self.per_inch:
+                    break
+
+    def _codes(self) -> None:
+        """Over the first lane the name of every collective, moved apart where they are near."""
+        bars = [(start, step) for start, step in self.run.steps[0] if step.kind == "collective"]
+        if not bars:
+            return
+        y = self.lanes_top - _LEADER - _CODES / 2
+        texts = [
+            self.axes.text(0, y, f"{step.op} {step.site}", size=10, ha="center", va="center")
+            for _, step in bars
+        ]
+        widths = [text_width(text) + 0.15 for text in texts]
+        if sum(widths) > self.inches:  # the full names do not fit
+            for text, (_, step) in zip(texts, bars, strict=True):
+                text.set(text=CODES.get(step.op, step.op), weight="bold")
+            widths = [text_width(text) + 0.08 for text in texts]
+        if sum(widths) > self.inches:
+            raise ConfigError(
+                f"{len(bars)} collectives do not fit on one time axis: draw some layers, layers=range(3)"
+            )
+        middles = [(start + step.seconds / 2) * self.scale / self.per_inch for start, step in bars]
+        for text, middle, x in zip(
+            texts, middles, spread(middles, widths, self.inches), strict=True
+        ):
+            text.set_x(x * self.per_inch)
+            self.axes.plot(
+                (x * self.per_inch, middle * self.per_inch),
+                (y + _CODES / 2, self.lanes_top + 0.02),
+                color=FAINT,
+                lw=0.8,
+                zorder=1,
+            )
+
+
+def spread(middles: list[float], widths: list[float], length: float) -> list[float]:
+    """Places for labels of these widths, in order, near their middles, apart, within 0 to length.
+
+    Labels that would overlap form a block around the mean of what its labels want (pooling of
+    adjacent violators), which moves all of them as little as the squares of the moves can be.
+    """
+    offsets = [sum(widths[:i]) + width / 2 for i, width in enumerate(widths)]
+    blocks: list[tuple[float, int]] = []  # sum of the wanted origins, labels in the block
+    for middle, offset in zip(middles, offsets, strict=True):
+        total, count = middle - offset, 1
+        while blocks and blocks[-1][0] / blocks[-1][1] >= total / count:
+            before = blocks.pop()
+            total, count = total + before[0], count + before[1]
+        blocks.append((total, count))
+    room = length - sum(widths)
+    origins = [min(max(total / count, 0.0), room) for total, count in blocks for _ in range(count)]
+    return [origin + offset for origin, offset in zip(origins, offsets, strict=True)]

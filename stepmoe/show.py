@@ -1,0 +1,99 @@
+"""Show the package's own source in a notebook, and how one piece differs from another.
+
+    show.source(DeferredLayer.forward)
+    show.diff(ThreeAllReducesLayer.forward, DeferredLayer.forward)
+
+What is shown depends on the source alone, so a notebook's outputs can be compared. Plain text comes
+with the coloured HTML, for a terminal and for whoever reads without colour.
+"""
+
+from __future__ import annotations
+
+import inspect
+import textwrap
+from dataclasses import dataclass
+from difflib import unified_diff
+from html import escape
+from pathlib import Path
+from typing import Any
+
+from IPython.display import display
+from pygments import highlight
+from pygments.formatters import HtmlFormatter
+from pygments.lexer import Lexer
+from pygments.lexers import DiffLexer, PythonLexer
+
+from stepmoe.errors import ConfigError
+
+_PACKAGE = Path(__file__).resolve().parent
+# Dark text on light ground of its own, so that it reads on a dark page as well.
+_CAPTION = "font-family:monospace;font-size:90%;color:#555;background:#fff;padding:0 .5em"
+_GROUND = "color:#222;background:#f8f8f8;border:1px solid #ccc;padding:.5em;overflow-x:auto"
+
+
+def source(obj: Any) -> None:
+    """Display the source of a function, class or method, with its file and line.
+
+    Raises:
+        ConfigError: it has no Python source.
+    """
+    place, text = _read(obj)
+    display(_Shown(place, text, PythonLexer()))
+
+
+def diff(before: Any, after: Any) -> None:
+    """Display how the source of `after` differs from that of `before`, whole, in unified form.
+
+    A line that goes starts with "-", one that comes with "+", one that stays with a space.
+
+    Raises:
+        ConfigError: one of them has no Python source.
+    """
+    (place_before, text_before), (place_after, text_after) = _read(before), _read(after)
+    lines_before, lines_after = text_before.splitlines(), text_after.splitlines()
+    context = max(len(lines_before), len(lines_after))
+    lines = list(unified_diff(lines_before, lines_after, n=context, lineterm=""))
+    # The first three lines name the files and the lines of the only hunk, which is everything.
+    text = "\n".join(lines[3:]) or "(the same source)"
+    display(_Shown(f"--- {place_before}\n+++ {place_after}", text, DiffLexer()))
+
+
+@dataclass
+class _Shown:
+    """What a notebook displays: a caption and a text, coloured where there is colour."""
+
+    caption: str
+    text: str
+    lexer: Lexer
+
+    def __repr__(self) -> str:
+        return f"{self.caption}\n{self.text}"
+
+    def _repr_html_(self) -> str:
+        formatter = HtmlFormatter(noclasses=True, nobackground=True, cssstyles=_GROUND)
+        code = highlight(self.text, self.lexer, formatter)
+        return (
+            f'<div style="{_CAPTION}">{escape(self.caption).replace(chr(10), "<br>")}</div>{code}'
+        )
+
+
+def _read(obj: Any) -> tuple[str, str]:
+    """Where an object is defined, and its source without the indentation it has there."""
+    obj = inspect.unwrap(obj) if callable(obj) else obj
+    try:
+        lines, number = inspect.getsourcelines(obj)
+        file = inspect.getsourcefile(obj) or ""
+    except (OSError, TypeError) as error:
+        raise ConfigError(
+            f"{obj!r} has no Python source to show: give a function, class or method written in Python"
+        ) from error
+    name = getattr(obj, "__qualname__", type(obj).__name__)
+    return f"{_place(Path(file), number)}  {name}", textwrap.dedent("".join(lines)).rstrip()
+
+
+def _place(file: Path, number: int) -> str:
+    """File and line, relative to the package; the same on every machine."""
+    if file.resolve().is_relative_to(_PACKAGE):
+        return f"{file.resolve().relative_to(_PACKAGE.parent).as_posix()}:{number}"
+    # A cell's code lies in a temporary file of a random name.
+    return f"{file.name}:{number}" if file.is_file() else "this notebook"
