@@ -18,10 +18,7 @@ from pathlib import Path
 from typing import Any
 
 from IPython.display import display
-from pygments import highlight
-from pygments.formatters import HtmlFormatter
-from pygments.lexer import Lexer
-from pygments.lexers import DiffLexer, PythonLexer
+from pygments import formatters, highlight, lexers  # type: ignore[import-untyped]
 
 from stepmoe.errors import ConfigError
 
@@ -38,7 +35,7 @@ def source(obj: Any) -> None:
         ConfigError: it has no Python source.
     """
     place, text = _read(obj)
-    display(_Shown(place, text, PythonLexer()))
+    display(_Shown(place, text, lexers.PythonLexer()))
 
 
 def diff(before: Any, after: Any) -> None:
@@ -55,7 +52,7 @@ def diff(before: Any, after: Any) -> None:
     lines = list(unified_diff(lines_before, lines_after, n=context, lineterm=""))
     # The first three lines name the files and the lines of the only hunk, which is everything.
     text = "\n".join(lines[3:]) or "(the same source)"
-    display(_Shown(f"--- {place_before}\n+++ {place_after}", text, DiffLexer()))
+    display(_Shown(f"--- {place_before}\n+++ {place_after}", text, lexers.DiffLexer()))
 
 
 @dataclass
@@ -64,17 +61,16 @@ class _Shown:
 
     caption: str
     text: str
-    lexer: Lexer
+    lexer: Any
 
     def __repr__(self) -> str:
         return f"{self.caption}\n{self.text}"
 
     def _repr_html_(self) -> str:
-        formatter = HtmlFormatter(noclasses=True, nobackground=True, cssstyles=_GROUND)
+        formatter = formatters.HtmlFormatter(noclasses=True, nobackground=True, cssstyles=_GROUND)
         code = highlight(self.text, self.lexer, formatter)
-        return (
-            f'<div style="{_CAPTION}">{escape(self.caption).replace(chr(10), "<br>")}</div>{code}'
-        )
+        caption = escape(self.caption).replace("\n", "<br>")
+        return f'<div style="{_CAPTION}">{caption}</div>{code}'
 
 
 def _read(obj: Any) -> tuple[str, str]:
@@ -85,7 +81,7 @@ def _read(obj: Any) -> tuple[str, str]:
         file = inspect.getsourcefile(obj) or ""
     except (OSError, TypeError) as error:
         raise ConfigError(
-            f"{obj!r} has no Python source to show: give a function, class or method written in Python"
+            f"{obj!r} has no Python source to show: give a function, class or method in Python"
         ) from error
     name = getattr(obj, "__qualname__", type(obj).__name__)
     return f"{_place(Path(file), number)}  {name}", textwrap.dedent("".join(lines)).rstrip()
@@ -95,5 +91,6 @@ def _place(file: Path, number: int) -> str:
     """File and line, relative to the package; the same on every machine."""
     if file.resolve().is_relative_to(_PACKAGE):
         return f"{file.resolve().relative_to(_PACKAGE.parent).as_posix()}:{number}"
-    # A cell's code lies in a temporary file of a random name.
-    return f"{file.name}:{number}" if file.is_file() else "this notebook"
+    # A cell's code has the name of a temporary file, which exists only while someone debugs it.
+    is_cell = file.parent.name.startswith("ipykernel_") or not file.is_file()
+    return "this notebook" if is_cell else f"{file.name}:{number}"

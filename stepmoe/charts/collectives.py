@@ -29,15 +29,15 @@ _TITLE, _HEADS, _LEGEND = 0.42, 0.62, 0.6
 def collectives(by_variant: Mapping[str, Ledger], title: str | None = None) -> Figure:
     """Draw counts and bytes of one MoE layer, variant by variant; the whole pass in numbers beside.
 
-    A bar is one MoE layer, cut by kind of collective. Bytes are the fewest that one rank must send
-    (`Entry.bytes_sent`). A ledger may hold one forward pass only, or the counts would be its multiples.
+    A bar is one MoE layer, cut by kind of collective. Bytes are the fewest that one rank must
+    send (`Entry.bytes_sent`).
 
     Args:
         by_variant: a name, best one of sm.VARIANTS, to one rank's ledger of one model call.
         title: above the picture.
 
     Raises:
-        ConfigError: no variant, or a ledger without collectives or without MoE layer.
+        ConfigError: no variant; a ledger without collectives or MoE layer, or of several passes.
     """
     if not by_variant:
         raise ConfigError("no variant to draw: give {'deferred': ledger, ...}")
@@ -85,9 +85,8 @@ def _moe_layer(ledger: Ledger, name: str) -> int:
             f"the ledger of {name} holds no collective: record it around a model call on at least "
             "two ranks, `with sm.Ledger() as ledger: model(input_ids)`"
         )
-    layers = [
-        step.layer for step in ledger.steps if step.op == "experts" and step.layer is not None
-    ]
+    moe = (step.layer for step in ledger.steps if step.op == "experts")
+    layers = [layer for layer in moe if layer is not None]
     if not layers:
         raise ConfigError(f"the ledger of {name} holds no MoE layer: record it around a model call")
     if layers.count(layers[0]) > 1:
@@ -134,8 +133,7 @@ def _panel(
 
 
 def _names(axes: Axes, names: list[str]) -> None:
-    for row, name in enumerate(names):
-        y = row
+    for y, name in enumerate(names):
         axes.plot(
             -0.03,
             y,

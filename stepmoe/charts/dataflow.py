@@ -29,8 +29,8 @@ def dataflow(ledger: Ledger, layer: int, title: str | None = None) -> Figure:
     Operations follow each other downwards; the residual stream is the line on the left. An arrow
     carries the name of a tensor and its placement (colour, line and marker). A collective is a wide
     bar with hatched ends. What the ledger does not name (sums of branches, cuts to a rank's own
-    tokens) follows from the placements before and after. Of several forward passes in the ledger the
-    first is drawn.
+    tokens) follows from the placements before and after. Of several forward passes in the ledger
+    the first is drawn.
 
     Args:
         ledger: recorded around a model call on at least two ranks.

@@ -1,9 +1,9 @@
 """Which value flows where in a decoder layer, worked out from the steps of a ledger.
 
 A ledger names what each step makes, not what it reads. What it reads follows from the order:
-  - hidden states pass from step to step; an `add` puts them on the residual stream, a `norm` reads it;
+  - hidden states pass from step to step; `add` puts them on the residual stream, `norm` reads it;
   - shared and routed experts read the same value and open a branch each; a collective on a branch
-    names its tensor ("experts_output"), and where both branches go on as one ("a + b") they were added;
+    names its tensor ("experts_output"); where both branches go on as one ("a + b") they were added;
   - a value that is Replicate and is next read as Shard was cut to this rank's own tokens.
 """
 

@@ -9,16 +9,7 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.patches import Rectangle
 
-from stepmoe.charts.style import (
-    COLOURS,
-    FAINT,
-    HATCHES,
-    INK,
-    inch_axes,
-    new_figure,
-    style,
-    text_width,
-)
+from stepmoe.charts.style import FAINT, inch_axes, look_of, new_figure, style
 from stepmoe.config import Step3p5Config
 from stepmoe.errors import ConfigError
 from stepmoe.parallel import ParallelConfig, TensorLayout, tensor_layouts
@@ -32,8 +23,8 @@ _MOST_RANKS = 16
 def layout(config: Step3p5Config, parallel: ParallelConfig, layer: int) -> Figure:
     """Draw which slice of one decoder layer each rank holds, a column a rank.
 
-    The frame in a cell is the whole tensor, the filled part is what this rank holds; for the experts
-    the frame runs over experts to the right and over the intermediate size downwards.
+    The frame in a cell is the whole tensor, the filled part is what this rank holds; for the
+    experts the frame runs over experts to the right and over the intermediate size downwards.
 
     Args:
         config: the model's shape.
@@ -44,11 +35,9 @@ def layout(config: Step3p5Config, parallel: ParallelConfig, layer: int) -> Figur
         ConfigError: the shape cannot be cut this way, no such layer, or too many ranks to draw.
     """
     if parallel.tp > _MOST_RANKS:
-        raise ConfigError(
-            f"tp={parallel.tp} columns do not fit on a page: draw {_MOST_RANKS} at most"
-        )
+        raise ConfigError(f"tp={parallel.tp} columns do not fit on a page: {_MOST_RANKS} at most")
     rows = _rows(config, parallel, layer)
-    column = max(1.12, 4.4 / parallel.tp)
+    column = max(1.16, 4.4 / parallel.tp)
     width = _LEFT + column * parallel.tp + _RIGHT
     height = _HEAD + _COLUMN_HEAD + sum(row.height for row in rows) + _FOOT
     settings = config.layer(layer)
@@ -106,7 +95,7 @@ class _Row:
 
     def draw(self, axes: Axes, y: float, column: float) -> None:
         axes.text(_LEFT - 0.15, y + 0.02, self.name, weight="bold", size=11, ha="right", va="top")
-        axes.text(_LEFT - 0.15, y + 0.22, self.unit, size=10, color=INK, ha="right", va="top")
+        axes.text(_LEFT - 0.15, y + 0.22, self.unit, size=10, ha="right", va="top")
         for rank, across in enumerate(self.across):
             self._cell(axes, rank, across, y, _LEFT + rank * column + 0.07, column - 0.14)
 
@@ -122,10 +111,7 @@ class _Row:
             (left, top),
             right - left,
             bottom - top,
-            facecolor=COLOURS[self.op],
-            hatch=HATCHES.get(self.op),
-            edgecolor=INK,
-            lw=0.9,
+            **look_of(self.op),
         )
         axes.add_patch(frame)
         axes.add_patch(held)
@@ -134,9 +120,7 @@ class _Row:
             lines.append(_interval(down, frame_height, "rows"))
         for row, words in enumerate(lines):
             at = y + self.strip + _WORDS * (row + 0.55)
-            text = axes.text(x + width / 2, at, words, size=10, ha="center", va="center")
-            if text_width(text) > width + 0.1:
-                text.set_size(10 * (width + 0.1) / text_width(text))
+            axes.text(x + width / 2, at, words, size=10, ha="center", va="center")
 
 
 def _interval(part: tuple[int, int], size: int, what: str = "") -> str:
@@ -144,7 +128,7 @@ def _interval(part: tuple[int, int], size: int, what: str = "") -> str:
     start, stop = part
     if stop - start == size > 1:
         return f"all {size} {what}".rstrip()
-    numbers = str(start) if stop == start + 1 else f"{start} to {stop - 1}"
+    numbers = str(start) if stop == start + 1 else f"{start}\u2013{stop - 1}"  # an en dash
     return f"{what} {numbers}".lstrip()
 
 

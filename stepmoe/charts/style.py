@@ -1,7 +1,7 @@
 """How the pictures look: one colour for one thing in every chart, and never colour alone.
 
-The colours are those of Okabe and Ito ("Color Universal Design", 2008), which people with any of the
-common colour deficiencies can tell apart; hatches, markers and line styles repeat what they say.
+The colours are those of Okabe and Ito ("Color Universal Design", 2008) and greys, which people with
+any of the common colour deficiencies can tell apart; hatches, markers and lines repeat them.
 """
 
 from __future__ import annotations
@@ -69,7 +69,7 @@ CODES = {
 }
 NAMES = {"experts": "routed experts", "share_expert": "shared expert", "mlp": "dense MLP"}
 
-_SETTINGS = {
+_SETTINGS: dict[Any, Any] = {
     "font.family": "sans-serif",
     "font.sans-serif": ["DejaVu Sans"],  # comes with matplotlib: the same everywhere
     "font.size": 11,

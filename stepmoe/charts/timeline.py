@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass
 from itertools import groupby
 
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
+from stepmoe.charts.runs import Run, spread
 from stepmoe.charts.style import (
     CODES,
     COLOURS,
@@ -40,9 +40,9 @@ def timeline(
     """Draw one run: a lane for each rank, a bar for each step.
 
     Each ledger counts from the moment it was opened, which differs from rank to rank. The lanes are
-    aligned at the end of the first collective: nobody leaves one before everybody has entered it, and
-    then its last message is on its way, so the ranks leave within one message of each other (and,
-    where they outnumber the cores, within the time the scheduler lets one wait).
+    aligned at the end of the first collective: nobody leaves one before everybody has entered it,
+    and then its last message is on its way, so the ranks leave within one message of each other
+    (and, where they outnumber the cores, within the time the scheduler lets one wait).
 
     Args:
         ledgers: of all ranks of one run, rank order; `[ledger]` for one rank alone.
@@ -53,7 +53,7 @@ def timeline(
     Raises:
         ConfigError: there is nothing to draw or to align by, or more collectives than fit.
     """
-    run = _Run.of(ledgers, layers)
+    run = Run.of(ledgers, layers)
     return _draw({"": run}, title, label, lane=0.36)
 
 
@@ -75,79 +75,11 @@ def timelines(
     if not by_variant:
         raise ConfigError("no variant to draw: give {'deferred': ledgers of all ranks, ...}")
     chosen = None if layers is None else list(layers)
-    runs = {name: _Run.of(ledgers, chosen, name) for name, ledgers in by_variant.items()}
+    runs = {name: Run.of(ledgers, chosen, name) for name, ledgers in by_variant.items()}
     return _draw(runs, title, label, lane=0.22)
 
 
-@dataclass
-class _Run:
-    """Steps of each rank, with starts on one clock: zero is the first step that is drawn."""
-
-    ranks: list[int]
-    steps: list[list[tuple[float, Entry]]]
-
-    @classmethod
-    def of(cls, ledgers: Sequence[Ledger], layers: Iterable[int] | None, name: str = "") -> _Run:
-        if isinstance(ledgers, Ledger):
-            raise ConfigError(
-                "give the ledgers of all ranks as a list; [ledger] for one rank alone"
-            )
-        ledgers, of_name = list(ledgers), f" of {name}" if name else ""
-        if not any(ledger.steps for ledger in ledgers):
-            raise ConfigError(
-                f"the ledgers{of_name} are empty: record them around a model call, "
-                "`with sm.Ledger() as ledger: model(input_ids)`, and return them from every rank"
-            )
-        chosen = None if layers is None else set(layers)
-        steps = [
-            [
-                (step.start - zero, step)
-                for step in ledger.steps
-                if chosen is None or step.layer in chosen
-            ]
-            for ledger, zero in zip(ledgers, _zeros(ledgers, of_name), strict=True)
-        ]
-        if not any(steps):
-            held = sorted(
-                {s.layer for ledger in ledgers for s in ledger.steps if s.layer is not None}
-            )
-            raise ConfigError(
-                f"no step of layers {sorted(chosen or ())}{of_name}; recorded: {held}"
-            )
-        first = min(start for lane in steps for start, _ in lane)
-        lanes = [[(start - first, step) for start, step in lane] for lane in steps]
-        return cls([ledger.rank for ledger in ledgers], lanes)
-
-    @property
-    def end(self) -> float:
-        """Seconds until the last step ended."""
-        return max(start + step.seconds for lane in self.steps for start, step in lane)
-
-    @property
-    def ops(self) -> set[str]:
-        return {step.op for lane in self.steps for _, step in lane}
-
-
-def _zeros(ledgers: Sequence[Ledger], of_name: str) -> list[float]:
-    """On each rank's own clock, the moment that is the same for all of them."""
-    if len(ledgers) == 1:
-        return [0.0]
-    firsts = [next(iter(ledger.entries), None) for ledger in ledgers]
-    if any(first is None for first in firsts):
-        raise ConfigError(
-            f"the ledgers{of_name} cannot be aligned: not every rank recorded a collective. "
-            "Record them around a call in which all ranks communicate, or draw one rank"
-        )
-    kinds = {(first.op, first.layer, first.site) for first in firsts if first}
-    if len(kinds) > 1:
-        raise ConfigError(
-            f"the ledgers{of_name} begin with different collectives ({sorted(map(str, kinds))}): "
-            "they are not of one run"
-        )
-    return [first.start + first.seconds for first in firsts if first]
-
-
-def _draw(runs: Mapping[str, _Run], title: str | None, label: str, lane: float) -> Figure:
+def _draw(runs: Mapping[str, Run], title: str | None, label: str, lane: float) -> Figure:
     ops = in_order(set().union(*(run.ops for run in runs.values())))
     legend = _LEGEND_ROW * -(-len(ops) // _LEGEND_COLUMNS)
     heights = [
@@ -192,7 +124,7 @@ def _time_axis(axes: Axes, label: str) -> None:
 class _Panel:
     """One run. x is time, y inches downwards from the panel's top."""
 
-    def __init__(self, axes: Axes, run: _Run, scale: float, end: float, lane: float) -> None:
+    def __init__(self, axes: Axes, run: Run, scale: float, end: float, lane: float) -> None:
         self.axes, self.run, self.scale, self.lane = axes, run, scale, lane
         self.inches = axes.get_xlim()[1]
         self.height = axes.get_ylim()[0]
@@ -285,7 +217,8 @@ class _Panel:
             widths = [text_width(text) + 0.08 for text in texts]
         if sum(widths) > self.inches:
             raise ConfigError(
-                f"{len(bars)} collectives do not fit on one time axis: draw some layers, layers=range(3)"
+                f"{len(bars)} collectives do not fit on one time axis: draw fewer layers, "
+                "layers=range(3)"
             )
         middles = [(start + step.seconds / 2) * self.scale / self.per_inch for start, step in bars]
         for text, middle, x in zip(
@@ -299,22 +232,3 @@ class _Panel:
                 lw=0.8,
                 zorder=1,
             )
-
-
-def spread(middles: list[float], widths: list[float], length: float) -> list[float]:
-    """Places for labels of these widths, in order, near their middles, apart, within 0 to length.
-
-    Labels that would overlap form a block around the mean of what its labels want (pooling of
-    adjacent violators), which moves all of them as little as the squares of the moves can be.
-    """
-    offsets = [sum(widths[:i]) + width / 2 for i, width in enumerate(widths)]
-    blocks: list[tuple[float, int]] = []  # sum of the wanted origins, labels in the block
-    for middle, offset in zip(middles, offsets, strict=True):
-        total, count = middle - offset, 1
-        while blocks and blocks[-1][0] / blocks[-1][1] >= total / count:
-            before = blocks.pop()
-            total, count = total + before[0], count + before[1]
-        blocks.append((total, count))
-    room = length - sum(widths)
-    origins = [min(max(total / count, 0.0), room) for total, count in blocks for _ in range(count)]
-    return [origin + offset for origin, offset in zip(origins, offsets, strict=True)]

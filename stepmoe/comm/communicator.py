@@ -148,7 +148,7 @@ class Communicator:
             group=self.group.name,
             group_size=self.group.size,
             shape=tuple(wire.shape),
-            dtype=str(wire.dtype).removeprefix("torch."),
+            dtype=wire.dtype,
             bytes=wire.numel() * wire.element_size(),
             tensor=done.name,
             placement=type(done.placement).__name__,

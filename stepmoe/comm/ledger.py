@@ -32,7 +32,7 @@ class Entry:
         group_size: ranks in it.
         shape: of the whole tensor that crosses the group: what all_reduce and reduce_scatter take,
             what all_gather returns, padding included.
-        dtype: as torch spells it, without "torch." ("bfloat16").
+        dtype: of that tensor; None for local work.
         bytes: shape times size of dtype.
         layer: decoder layer, None outside the layers.
         site: where in the layer ("o_proj", "mlp").
@@ -51,7 +51,7 @@ class Entry:
     group: str = ""
     group_size: int = 1
     shape: tuple[int, ...] = ()
-    dtype: str = ""
+    dtype: torch.dtype | None = None
     bytes: int = 0
     tensor: str = ""
     placement: str = ""

@@ -103,7 +103,6 @@ class Ranks:
             RankTimeout: the limit passed; says what each rank was waiting in.
             ConfigError, TypeError: an argument that cannot work; nothing was sent.
         """
-        __tracebackhide__ = True  # a notebook shows the ranks' traceback, not these lines
         check_call(fn, timeout)
         with self._lock:
             self._check_open()

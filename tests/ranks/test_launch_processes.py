@@ -305,7 +305,7 @@ def test_killing_the_kernel_leaves_nothing(
         time.sleep(0.5)
     process.send_signal(signal.SIGKILL)  # and not waited for: it stays as a zombie
     deadline = time.monotonic() + 5
-    while time.monotonic() < deadline and (processes_of(folder) or list(folder.iterdir())):
+    while time.monotonic() < deadline and (processes_of(folder) or any(folder.iterdir())):
         time.sleep(0.05)
     left, files = processes_of(folder), [path.name for path in folder.iterdir()]
     process.wait()

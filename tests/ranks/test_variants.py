@@ -110,7 +110,7 @@ def test_ledger_counts_and_bytes_are_exact(ranks4, variant, attention):
             halves = 2 if entry.op.startswith("all_reduce") else 1
             assert entry.bytes_sent == halves * 3 / 4 * entry.bytes
             assert entry.seconds > 0
-            assert (entry.group, entry.group_size, entry.dtype) == ("tp", 4, "float32")
+            assert (entry.group, entry.group_size, entry.dtype) == ("tp", 4, torch.float32)
         per_layer = [len(ledger.of_layer(layer)) for layer in (0, 1, 2, 3)]
         expected = {"three_all_reduces": [2, 3, 3, 3], "reduce_scatter": [4] * 4}
         if attention == "tp":
