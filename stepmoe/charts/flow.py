@@ -90,7 +90,9 @@ def layer_flow(ledger: Ledger, layer: int) -> LayerFlow:
             "around a model call on at least two ranks, "
             "`with sm.Ledger() as ledger: model(input_ids)`, parallel=ParallelConfig(tp=2)"
         )
-    flows = {flow.layer: flow for flow in _Walk().run(_first_pass(ledger.steps))}
+    # What a capture sends are copies made for debugging, beside the flow.
+    steps = _first_pass(step for step in ledger.steps if step.site != "capture")
+    flows = {flow.layer: flow for flow in _Walk().run(steps)}
     if layer not in flows:
         held = ", ".join(map(str, flows)) or "none: record it around a model call"
         raise ConfigError(f"layer {layer} is not in this ledger; layers it holds: {held}")
@@ -134,8 +136,6 @@ class _Walk:
 
     def run(self, steps: list[Entry]) -> list[LayerFlow]:
         for step in steps:
-            if step.site == "capture":  # a copy made for debugging, beside the flow
-                continue
             layer = forward_layer(step)
             if layer is None:
                 self._read_by_stack(step)
@@ -192,9 +192,7 @@ class _Walk:
             self.main = makes
         else:
             makes = Value(step.tensor, step.placement)
-            if (
-                step.op == _FUSED
-            ):  # the ledger names the sum it completes; out come the norm and ...
+            if step.op == _FUSED:  # the ledger names the sum that goes in; two tensors come out
                 makes = Value("hidden_states", step.placement)
                 self.residual = Value("residual", step.placement)
             self._append(Node(step.op, step, (self._main(),), makes))

@@ -36,11 +36,10 @@ class Run:
             for ledger, zero in zip(ledgers, _zeros(ledgers, of_name), strict=True)
         ]
         if not any(steps):
-            held = sorted(
-                {s.layer for ledger in ledgers for s in ledger.steps if s.layer is not None}
-            )
+            held = {step.layer for ledger in ledgers for step in ledger.steps}
             raise ConfigError(
-                f"no step of layers {sorted(chosen or ())}{of_name}; recorded: {held}"
+                f"the ledgers{of_name} hold no step of layers {sorted(chosen or ())}; "
+                f"layers they hold: {sorted(layer for layer in held if layer is not None)}"
             )
         first = min(start for lane in steps for start, _ in lane)
         lanes = [[(start - first, step) for start, step in lane] for lane in steps]
@@ -70,7 +69,7 @@ def _zeros(ledgers: Sequence[Ledger], of_name: str) -> list[float]:
     if len(kinds) > 1:
         raise ConfigError(
             f"the ledgers{of_name} begin with different collectives ({sorted(map(str, kinds))}): "
-            "they are not of one run"
+            "give the ledgers of all ranks of one and the same call"
         )
     return [first.start + first.seconds for first in firsts if first]
 
@@ -78,8 +77,8 @@ def _zeros(ledgers: Sequence[Ledger], of_name: str) -> list[float]:
 def spread(middles: list[float], widths: list[float], length: float) -> list[float]:
     """Places for labels of these widths, in order, near their middles, apart, within 0 to length.
 
-    Labels that would overlap form a block around the mean of what its labels want (pooling of
-    adjacent violators), which moves all of them as little as the squares of the moves can be.
+    Labels that would overlap form a block around the mean of what they want (pooling of adjacent
+    violators), which makes the sum of their squared moves least.
     """
     offsets = [sum(widths[:i]) + width / 2 for i, width in enumerate(widths)]
     blocks: list[tuple[float, int]] = []  # sum of the wanted origins, labels in the block

@@ -41,13 +41,13 @@ def timeline(
 
     Each ledger counts from the moment it was opened, which differs from rank to rank. The lanes are
     aligned at the end of the first collective: nobody leaves one before everybody has entered it,
-    and then its last message is on its way, so the ranks leave within one message of each other
-    (and, where they outnumber the cores, within the time the scheduler lets one wait).
+    and then its last message is on its way, so the ranks leave within one message of each other.
+    Where ranks outnumber the cores the scheduler's turns come on top: up to 4 ms with 4 ranks on 2.
 
     Args:
         ledgers: of all ranks of one run, rank order; `[ledger]` for one rank alone.
         title: above the picture.
-        layers: only steps of these decoder layers; None means all steps.
+        layers: only steps that the ledger books under these decoder layers; None means all steps.
         label: what was measured, for the axis ("4 CPU ranks on 2 cores").
 
     Raises:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import weakref
 from dataclasses import dataclass, field
 
 import torch.distributed as dist
@@ -87,22 +88,29 @@ def _own_group(name: str, groups: list[tuple[int, ...]], rank: int, world: int) 
     return RankGroup(name, ranks, ranks.index(rank), process_group)
 
 
-# torch.distributed never frees a subgroup by itself, so models of one layout share theirs. The key
-# holds the world group itself: after a re-initialisation the old entries no longer match.
-_subgroups: dict[tuple[tuple[int, ...], ...], tuple[dist.ProcessGroup, dist.ProcessGroup]] = {}
+# torch.distributed never frees a subgroup by itself, so models of one layout share theirs. Held
+# weakly: a rank that leaves a failed job must let go of its connections, or its peers wait on.
+_subgroups: dict[tuple[tuple[int, ...], ...], weakref.ref[dist.ProcessGroup]] = {}
 
 
 def _process_group(groups: list[tuple[int, ...]], rank: int) -> dist.ProcessGroup:
-    world = dist.group.WORLD
-    assert world is not None
     known = _subgroups.get(tuple(groups))
-    if known is not None and known[0] is world:
-        return known[1]
-    own = None
+    own = known() if known is not None else None
+    if own is not None and _is_registered(own):
+        return own
     for ranks in groups:  # every rank takes part in the making of every group
         made = dist.new_group(list(ranks))
         if rank in ranks:
             own = made
     assert own is not None
-    _subgroups[tuple(groups)] = (world, own)
+    _subgroups[tuple(groups)] = weakref.ref(own)
     return own
+
+
+def _is_registered(group: dist.ProcessGroup) -> bool:
+    """Whether the group belongs to the current job; one from before a re-initialisation does not."""
+    try:
+        dist.get_process_group_ranks(group)
+    except (KeyError, ValueError):
+        return False
+    return True

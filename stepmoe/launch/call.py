@@ -14,10 +14,10 @@ from stepmoe.launch.team import Team
 _REPORT = 0.75
 # A rank's death arrives within milliseconds; its peers' broken connections can be faster (s).
 _CAUSE = 1.0
-# Then peers are given the time to fail on their own, and to be interrupted (s); those that do
-# neither are lost. An error is to be reported within 1 s; after a time limit or an interrupt
-# there is more time, and ranks that can be freed need not be restarted.
-_FAIL = 0.25
+# Then peers are given the time to fail on their own (10 ms suffice on a quiet machine), and to be
+# interrupted (s); those that do neither are lost. An error is to be reported within 1 s; after a
+# time limit or an interrupt there is more time, and ranks that can be freed need no restart.
+_FAIL = 0.1
 _INTERRUPT_AFTER_ERROR, _INTERRUPT = 0.5, 1.25
 # Output follows its result within milliseconds (s).
 _OUTPUT = 2.0
@@ -65,6 +65,7 @@ class Call:
             result = member.engine.apply_async(worker.execute, *arguments)
             self._results.append(result)
             result.add_done_callback(lambda _, rank=rank: self._news.put((rank, None)))
+        self._payload = b""
 
     @property
     def succeeded(self) -> bool:

@@ -9,6 +9,7 @@ import signal
 import sys
 import tempfile
 import threading
+import time
 from collections.abc import Callable, Coroutine
 from concurrent.futures import FIRST_COMPLETED, Future, wait
 from pathlib import Path
@@ -26,6 +27,7 @@ LOCAL = "local"
 LOOPBACK = ("", "127.0.0.1", "localhost", "::1")
 # Engines import torch; a slow disk or a batch queue takes its time.
 _START_TIMEOUT = {LOCAL: 120.0, "": 900.0}
+_END_TIMEOUT = 3.0  # for their answer that they have; the launcher's own way follows
 
 _CONTROLLER_ARGUMENTS = (
     "--log-level=WARN",
@@ -107,6 +109,8 @@ class Cluster:
             return
         self._stopping = True
         if self._client is not None:
+            if not self.local:
+                self._end_engines()
             self._client.close(linger=0)
         controller = self._cluster.controller
         for launcher in [*self._launchers(), *([controller] if controller else [])]:
@@ -115,6 +119,14 @@ class Cluster:
             self._loop.run(self._cluster.stop_cluster(), timeout=10)
         self._loop.stop()
         shutil.rmtree(self.folder, ignore_errors=True)
+
+    def _end_engines(self) -> None:
+        """End engines by way of the controller, which can reach those on other hosts."""
+        with contextlib.suppress(Exception):  # the controller may be gone
+            self._client.send_signal(signal.SIGKILL, block=False)
+        limit = time.monotonic() + _END_TIMEOUT
+        while self._client.ids and time.monotonic() < limit:
+            time.sleep(0.02)
 
     def _launchers(self) -> list[Any]:
         """Of each local engine; those of a batch system are one."""

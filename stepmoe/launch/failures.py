@@ -45,10 +45,16 @@ class Outcome:
         found = {rank: a.failure for rank, a in self.answers.items() if a.failure}
         return dict(sorted(found.items(), key=lambda item: (item[1].consequence, item[1].time)))
 
-    @property
-    def values(self) -> list[bytes]:
-        """The pickled results, in rank order."""
-        return [a.value for _, a in sorted(self.answers.items()) if a.value is not None]
+    def take_values(self) -> list[bytes]:
+        """The pickled results, in rank order; they are kept no longer.
+
+        ipyparallel's objects refer to each other in circles and so live on for a while; with the
+        results of a few calls they would hold hundreds of MiB.
+        """
+        values = [a.value for _, a in sorted(self.answers.items()) if a.value is not None]
+        for answer in self.answers.values():
+            answer.value = None
+        return values
 
     @property
     def failed(self) -> bool:

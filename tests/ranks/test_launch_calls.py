@@ -139,7 +139,8 @@ def test_memory_does_not_grow_with_calls(ranks4: Ranks) -> None:
     """The controller kept every result: 460 MiB after 100 returns of 4 MiB."""
 
     def resident() -> float:
-        processes = [psutil.Process(), *psutil.Process().children(recursive=True)]
+        me = psutil.Process()
+        processes = [me, *me.children(recursive=True)]
         return float(sum(process.memory_info().rss for process in processes)) / 2**20
 
     def four_mebibytes() -> torch.Tensor:

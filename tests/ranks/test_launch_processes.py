@@ -50,16 +50,15 @@ def run(tmp_path: Path, environment: dict[str, str]) -> Callable[..., dict[str, 
     return run
 
 
-def processes_of(folder: Path) -> list[list[str]]:
-    """The command lines of engines and controllers whose private folder is under `folder`."""
+def processes_of(folder: Path) -> list[str]:
+    """The command lines of processes that inherited `folder` as that for temporary files."""
     found = []
     for process in psutil.process_iter():
         try:
-            words = process.cmdline()
-        except psutil.Error:
+            if process.environ().get("TMPDIR") == str(folder):
+                found.append(" ".join(process.cmdline()))
+        except psutil.Error:  # ended, a zombie, or another user's
             continue
-        if any(str(folder) in word for word in words) and process.pid != os.getpid():
-            found.append(words)
     return found
 
 
@@ -299,7 +298,7 @@ def test_killing_the_kernel_leaves_nothing(
     for _ in range(1 if after == "starting" else 2):
         process.stdout.readline()
     if after == "starting":
-        while len(processes_of(folder)) < 5:
+        while len(processes_of(folder)) < 1 + 5:  # the script, a controller, four engines
             time.sleep(0.02)
     if after == "in a call":
         time.sleep(0.5)

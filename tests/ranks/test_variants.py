@@ -201,3 +201,23 @@ def test_generate_is_the_same_on_every_rank_and_variant(ranks4, variant, attenti
     expected = alone.generate(REFERENCE["input_ids"][:, :20], max_new_tokens=8)
     for tokens in ranks4.run(generate_case, TINY, variant, attention):
         assert torch.equal(tokens, expected)
+
+
+KEPT = {}
+
+
+def keep_a_model(parallel):
+    """Builds a model, and keeps the last one alive in this rank, groups and all."""
+    KEPT["model"] = model = sm.Step3p5ForCausalLM.from_config(
+        sm.Step3p5Config.tiny(), parallel=parallel, device="cpu"
+    )
+    return model(torch.arange(6)[None]).sum().item()
+
+
+def test_groups_of_a_job_that_failed_are_not_used_again(ranks4):
+    """After a failure the ranks make new process groups; the cached subgroups must follow."""
+    two = sm.ParallelConfig(tp=2)
+    before = ranks4.run(keep_a_model, two)
+    with pytest.raises(sm.RankError, match="division by zero"):
+        ranks4.run(lambda: 1 / (dist.get_rank() - 2), timeout=20)
+    assert ranks4.run(keep_a_model, two, timeout=20) == before
