@@ -108,7 +108,7 @@ def _process_group(groups: list[tuple[int, ...]], rank: int) -> dist.ProcessGrou
 
 
 def _is_registered(group: dist.ProcessGroup) -> bool:
-    """Whether the group belongs to the current job; one from before a re-initialisation does not."""
+    """Whether the group is of the current job, and not from before a re-initialisation."""
     try:
         dist.get_process_group_ranks(group)
     except (KeyError, ValueError):
