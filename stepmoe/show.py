@@ -29,7 +29,9 @@ _GROUND = "color:#222;background:#f8f8f8;border:1px solid #ccc;padding:.5em;over
 
 
 def source(obj: Any) -> None:
-    """Display the source of a function, class or method, with its file and line.
+    """Display the source of a function, class or method, with its file.
+
+    Without line numbers, which an edit above it would change in every notebook's output.
 
     Raises:
         ConfigError: it has no Python source.
@@ -77,20 +79,20 @@ def _read(obj: Any) -> tuple[str, str]:
     """Where an object is defined, and its source without the indentation it has there."""
     obj = inspect.unwrap(obj) if callable(obj) else obj
     try:
-        lines, number = inspect.getsourcelines(obj)
+        lines = inspect.getsource(obj)
         file = inspect.getsourcefile(obj) or ""
     except (OSError, TypeError) as error:
         raise ConfigError(
             f"{obj!r} has no Python source to show: give a function, class or method in Python"
         ) from error
     name = getattr(obj, "__qualname__", type(obj).__name__)
-    return f"{_place(Path(file), number)}  {name}", textwrap.dedent("".join(lines)).rstrip()
+    return f"{_place(Path(file))}  {name}", textwrap.dedent(lines).rstrip()
 
 
-def _place(file: Path, number: int) -> str:
-    """File and line, relative to the package; the same on every machine."""
+def _place(file: Path) -> str:
+    """File, relative to the package; the same on every machine."""
     if file.resolve().is_relative_to(_PACKAGE):
-        return f"{file.resolve().relative_to(_PACKAGE.parent).as_posix()}:{number}"
+        return file.resolve().relative_to(_PACKAGE.parent).as_posix()
     # A cell's code has the name of a temporary file, which exists only while someone debugs it.
     is_cell = file.parent.name.startswith("ipykernel_") or not file.is_file()
-    return "this notebook" if is_cell else f"{file.name}:{number}"
+    return "this notebook" if is_cell else file.name

@@ -39,8 +39,8 @@ class Entry:
         tensor: name of the tensor that came out.
         placement: of that tensor: "Replicate", "Shard", "Partial".
         start: seconds since the ledger opened.
-        seconds: how long this rank spent in it, waiting for slower ranks included. On a GPU this is
-            the time between two CUDA events.
+        seconds: how long this rank spent in it, waiting for slower ranks included. On a GPU both
+            are read off CUDA events when the ledger closes: the GPU's time, not the host's.
         implementation: which code carried a fused operation out; reason: why that one.
     """
 
@@ -94,7 +94,9 @@ class Ledger:
     def __exit__(self, *_: object) -> None:
         _open.remove(self)
         for entry, (begin, end) in self._pending:
+            first_entry, (first, _) = self._pending[0]
             end.synchronize()
+            entry.start = first_entry.start + first.elapsed_time(begin) / 1e3
             entry.seconds = begin.elapsed_time(end) / 1e3
         self._pending.clear()
 

@@ -18,7 +18,7 @@ from torch.testing._internal.distributed.fake_pg import FakeStore
 
 import stepmoe as sm
 from stepmoe import charts
-from stepmoe.charts.flow import layer_flow
+from stepmoe.charts.flow import forward_layer, layer_flow
 from stepmoe.charts.runs import spread
 from stepmoe.comm.ledger import Entry, Ledger
 
@@ -97,13 +97,27 @@ def bars(figure: Figure, axes: int = 0) -> list[tuple[float, float, str]]:
     return [(p.get_x(), p.get_width(), to_hex(p.get_facecolor()).upper()) for p in patches]
 
 
-def run_of(ledger: Ledger, ranks: int = 4) -> list[Ledger]:
-    """The same steps on every rank, with times made up: equal work, waits that end together."""
+def check_not_cut(figure: Figure) -> None:
+    """Every text lies inside a box or outside it, never across its edge."""
+    frames = [patch.get_window_extent() for patch in figure.axes[0].patches]
+    for text, box in texts(figure).items():
+        for frame in frames:
+            inner, outer = box.padded(-0.5), frame.padded(0.5)
+            overlap = Bbox.intersection(inner, outer)
+            inside = outer.containsx(inner.x0) and outer.containsx(inner.x1)
+            inside = inside and outer.containsy(inner.y0) and outer.containsy(inner.y1)
+            assert inside or overlap is None or min(overlap.width, overlap.height) <= 1, text
+
+
+def run_of(ledger: Ledger, ranks: int = 4, first: float = 0.003) -> list[Ledger]:
+    """The same steps on every rank, with made-up times: `first` for the first collective."""
     ledgers = []
     for rank in range(ranks):
         made, clock = Ledger(rank=rank), 0.002 * rank  # opened at different moments
         for step in ledger.steps:
             seconds = 0.003 if step.kind == "collective" else 0.0004
+            if step is ledger.entries[0]:
+                seconds = first
             kept = Entry(**{**vars(step), "start": clock, "seconds": seconds})
             made.steps.append(kept)
             clock += seconds
@@ -192,6 +206,8 @@ def test_timelines_draw_every_variant_on_one_axis(
         assert len(codes) == len(run[0].entries)
         assert name in words(figure)
         check_legible(charts.timeline(run, name))
+        # One slow collective leaves a tenth of the width to all others.
+        check_legible(charts.timeline(run_of(recorded[name, attention], first=0.5), name))
         check_legible(charts.timeline(run, name, layers=[1]))
 
 
@@ -213,6 +229,7 @@ def test_dataflow_shows_every_step_of_a_layer(
     ledger = recorded[variant, attention]
     figure = charts.dataflow(ledger, layer, f"{variant}, {attention}")
     check_legible(figure)
+    check_not_cut(figure)
     shown = words(figure)
     entries = [node.entry for node in layer_flow(ledger, layer).nodes if node.entry]
     assert [e for e in entries if e.kind == "collective"], "a layer without a collective"
@@ -283,6 +300,9 @@ def test_dataflow_of_several_passes_is_that_of_one(
         twice = Ledger(steps=ledger.steps * 2)
         for layer in range(5):
             assert layer_flow(twice, layer) == layer_flow(ledger, layer), key
+        alone = [step for step in ledger.steps if forward_layer(step) == 2]
+        once, again = Ledger(steps=alone), Ledger(steps=alone * 2)
+        assert layer_flow(again, 2) == layer_flow(once, 2), key
 
 
 def test_dataflow_leaves_out_what_capture_sends(
