@@ -11,7 +11,7 @@ from stepmoe.capture import Capture
 from stepmoe.causal_lm import Step3p5ForCausalLM, Variant
 from stepmoe.comm.ledger import Ledger
 from stepmoe.config import Step3p5Config
-from stepmoe.errors import ConfigError
+from stepmoe.errors import ConfigError, PlacementError
 from stepmoe.parallel import ParallelConfig
 
 
@@ -63,3 +63,12 @@ def forward_pass(
     with Ledger() as ledger:
         logits = model(input_ids)
     return Pass(logits, ledger, capture.states)
+
+
+def refusal(variant: Variant, parallel: ParallelConfig, input_ids: Tensor) -> str:
+    """What the placement check says of a wrong variant, in this rank; "it ran" if nothing."""
+    try:
+        forward_pass(variant, parallel, input_ids)
+    except PlacementError as error:
+        return str(error)
+    return "it ran"

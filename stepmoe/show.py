@@ -25,7 +25,13 @@ from stepmoe.errors import ConfigError
 _PACKAGE = Path(__file__).resolve().parent
 # Dark text on light ground of its own, so that it reads on a dark page as well.
 _CAPTION = "font-family:monospace;font-size:90%;color:#555;background:#fff;padding:0 .5em"
-_GROUND = "color:#222;background:#f8f8f8;border:1px solid #ccc;padding:.5em;overflow-x:auto"
+_GROUND = (
+    "color:#222;background:#f8f8f8;border:1px solid #ccc;padding:.5em;overflow-x:auto;"
+    "font-family:monospace"
+)
+
+# The page around it may give a bare <pre> another font.
+_PRE = "font-family:monospace;line-height:1.35;margin:0;background:transparent"
 
 
 def source(obj: Any) -> None:
@@ -69,7 +75,9 @@ class _Shown:
         return f"{self.caption}\n{self.text}"
 
     def _repr_html_(self) -> str:
-        formatter = formatters.HtmlFormatter(noclasses=True, nobackground=True, cssstyles=_GROUND)
+        formatter = formatters.HtmlFormatter(
+            noclasses=True, nobackground=True, cssstyles=_GROUND, prestyles=_PRE
+        )
         code = highlight(self.text, self.lexer, formatter)
         caption = escape(self.caption).replace("\n", "<br>")
         return f'<div style="{_CAPTION}">{caption}</div>{code}'

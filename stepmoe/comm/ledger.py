@@ -118,20 +118,24 @@ class Ledger:
         return [entry for entry in self.entries if entry.layer == layer]
 
     def __str__(self) -> str:
-        rows = [
-            f"{'layer':>5}  {'site':<16}{'collective':<26}{'group':<8}{'shape':<16}{'sends':>12}"
-        ]
+        rows = [("layer", "site", "collective", "group", "shape", "sends")]
         for e in self.entries:
-            layer = "-" if e.layer is None else e.layer
-            shape = " x ".join(map(str, e.shape))
+            layer = "-" if e.layer is None else str(e.layer)
             op = f"{e.op} [{e.implementation}]" if e.implementation else e.op
-            rows.append(
-                f"{layer:>5}  {e.site:<16}{op:<26}{e.group:<8}{shape:<16}{e.bytes_sent:>10,.0f} B"
+            shape = " x ".join(map(str, e.shape))
+            rows.append((layer, e.site, op, e.group, shape, f"{e.bytes_sent:,.0f} B"))
+        widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
+        lines = [
+            "  ".join(
+                cell.rjust(width) if column in (0, 5) else cell.ljust(width)
+                for column, (cell, width) in enumerate(zip(row, widths, strict=True))
             )
+            for row in rows
+        ]
         total = ", ".join(f"{n} {op}" for op, n in self.counts().items()) or "no collective"
         reasons = sorted({f"{e.implementation}: {e.reason}" for e in self.entries if e.reason})
         total = f"total: {total}; {self.bytes_sent():,.0f} B sent"
-        return "\n".join([*rows, total, *reasons, *self.notes])
+        return "\n".join([*lines, total, *reasons, *self.notes])
 
 
 _open: list[Ledger] = []

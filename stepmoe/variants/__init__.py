@@ -30,4 +30,14 @@ def layer_class(variant: str | type[DecoderLayer]) -> type[DecoderLayer]:
     return LAYERS[variant]
 
 
-__all__ = ["LAYERS", "VARIANTS", "DecoderLayer", "Step", "layer_class"]
+__all__ = [
+    "LAYERS",
+    "VARIANTS",
+    "DecoderLayer",
+    "DeferredLayer",
+    "FusedLayer",
+    "ReduceScatterLayer",
+    "Step",
+    "ThreeAllReducesLayer",
+    "layer_class",
+]

@@ -43,13 +43,10 @@ def without_tags(html: str) -> str:
     return unescape(re.sub(r"<[^>]+>", "", html.replace("<br>", "\n")))
 
 
-def test_source_shows_a_method_with_file_and_line_relative_to_the_package() -> None:
+def test_source_shows_a_method_with_its_file_relative_to_the_package() -> None:
     text, html = shown(show.source, DeferredLayer.forward)
     caption, first, *_ = text.splitlines()
-    place = re.fullmatch(r"stepmoe/variants/deferred\.py:(\d+)  DeferredLayer\.forward", caption)
-    assert place
-    file = Path(sm.__file__).parent / "variants" / "deferred.py"
-    assert file.read_text().splitlines()[int(place[1]) - 1].strip() == first
+    assert caption == "stepmoe/variants/deferred.py  DeferredLayer.forward"
     assert first.startswith("def forward(")  # the indentation inside the class is gone
     assert "self.comm.all_reduce(mlp_partial" in text
     assert "".join(text.split()) == "".join(without_tags(html).split())
@@ -76,7 +73,7 @@ def test_nothing_of_this_machine_is_shown() -> None:
 
 def test_diff_marks_lines_with_signs_and_colours() -> None:
     text, html = shown(show.diff, Before.add, After.add)
-    assert [re.sub(r":\d+", "", line) for line in text.splitlines()] == [
+    assert text.splitlines() == [
         "--- test_show.py  Before.add",
         "+++ test_show.py  After.add",
         " def add(self, x: int) -> int:",
