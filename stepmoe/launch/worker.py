@@ -5,15 +5,17 @@ tell the rank that failed from those that merely lost it.
 """
 
 import gc
+import importlib
 import io
 import os
 import re
 import signal
 import socket
+import sys
 import time
 import traceback
 from dataclasses import dataclass, field
-from types import FrameType
+from types import FrameType, ModuleType
 from typing import Any
 
 import cloudpickle
@@ -124,6 +126,11 @@ class _Pickler(cloudpickle.Pickler):  # type: ignore[misc]
     def reducer_override(self, obj: Any) -> Any:
         if isinstance(obj, torch.Tensor) and obj.is_cuda and type(obj) is torch.Tensor:
             return obj.detach().cpu().__reduce_ex__(2)
+        # cloudpickle ships the submodules whose names a function mentions, and knows only plain
+        # modules; torch.distributed.config, say, is of a subclass.
+        is_subclass = isinstance(obj, ModuleType) and type(obj) is not ModuleType
+        if is_subclass and sys.modules.get(obj.__name__) is obj:
+            return importlib.import_module, (obj.__name__,)
         return super().reducer_override(obj)
 
 

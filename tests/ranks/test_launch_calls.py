@@ -33,6 +33,14 @@ def test_closures_arguments_and_local_classes(ranks4: Ranks) -> None:
     assert isinstance(points[0], Point)
 
 
+def test_a_variable_may_have_the_name_of_a_submodule(ranks4: Ranks) -> None:
+    """cloudpickle would ship torch.distributed.config along, a module of a class it cannot."""
+    names = {"dist": dist, "config": 5}
+    exec("def place(): return dist.get_rank() + config", names)  # its globals travel by value
+    names["place"].__module__ = "__main__"
+    assert ranks4.run(names["place"]) == [5, 6, 7, 8]
+
+
 def test_a_function_may_take_arguments_named_like_ours(ranks4: Ranks) -> None:
     assert ranks4.run(lambda fn: fn, fn=3) == [3] * 4
 
