@@ -128,9 +128,10 @@ class _Pickler(cloudpickle.Pickler):  # type: ignore[misc]
             return obj.detach().cpu().__reduce_ex__(2)
         # cloudpickle ships the submodules whose names a function mentions, and knows only plain
         # modules; torch.distributed.config, say, is of a subclass.
-        is_subclass = isinstance(obj, ModuleType) and type(obj) is not ModuleType
-        if is_subclass and sys.modules.get(obj.__name__) is obj:
-            return importlib.import_module, (obj.__name__,)
+        if isinstance(obj, ModuleType) and type(obj) is not ModuleType:
+            name = obj.__name__
+            if sys.modules.get(name) is obj:
+                return importlib.import_module, (name,)
         return super().reducer_override(obj)
 
 
