@@ -7,6 +7,7 @@ TORCH_INDEX ?=
 LAB_FLAGS ?=
 VENV_PYTHON := .venv/bin/python
 INSTALLED := .venv/.installed
+INSTALLED_BROWSER := .venv/.installed-browser
 INSTALLED_CUDA := .venv/.installed-cuda
 
 # A cell of a walkthrough notebook takes seconds; starting ranks on a loaded 2-core machine, tens.
@@ -14,12 +15,13 @@ CELL_TIMEOUT := 120
 NBVAL := --nbval --nbval-current-env --nbval-sanitize-with tests/nbval_sanitize.cfg \
 	--nbval-cell-timeout $(CELL_TIMEOUT)
 
-.PHONY: help walkthrough lab test test-cuda clean FORCE
+.PHONY: help walkthrough lab test test-browser test-cuda clean FORCE
 
 help:
 	@echo "make walkthrough   run every notebook, write them as HTML with an index under build/walkthrough/"
 	@echo "make lab           open JupyterLab on the first notebook"
 	@echo "make test          linter, types, tests, and every notebook against its committed outputs"
+	@echo "make test-browser  only the tests that use the notebooks in a browser; needs Chromium"
 	@echo "make test-cuda     only the tests that need an NVIDIA GPU; installs FlashInfer and Triton"
 	@echo "make clean         remove .venv, build and caches"
 	@echo ""
@@ -41,6 +43,9 @@ test: $(INSTALLED)
 	@$(VENV_PYTHON) -m ruff format --check .
 	@$(VENV_PYTHON) -m mypy
 	@$(VENV_PYTHON) -m pytest $(NBVAL) tests notebooks
+
+test-browser: $(INSTALLED_BROWSER)
+	@$(VENV_PYTHON) -m pytest -m browser tests/browser
 
 test-cuda: $(INSTALLED_CUDA)
 	@$(VENV_PYTHON) -m pytest -m cuda tests
@@ -69,6 +74,11 @@ $(INSTALLED): pyproject.toml constraints.txt
 	@echo "Installing into .venv (downloads torch the first time: some minutes) ..."
 	@$(PIP_INSTALL) -e ".[notebooks,test,dev]"
 	@echo "$(CURDIR)" > $@
+
+$(INSTALLED_BROWSER): $(INSTALLED)
+	@echo "Installing Playwright into .venv ..."
+	@$(PIP_INSTALL) -e ".[notebooks,test,dev,browser]"
+	@touch $@
 
 $(INSTALLED_CUDA): $(INSTALLED)
 	@echo "Installing FlashInfer and Triton into .venv ..."

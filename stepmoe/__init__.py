@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Any
 __version__ = "0.1.0"
 
 if TYPE_CHECKING:
+    from stepmoe import measure
     from stepmoe.capture import Capture
     from stepmoe.causal_lm import Step3p5ForCausalLM
     from stepmoe.comm.ledger import Ledger
@@ -42,6 +43,7 @@ _HOME = {
     "Step3p5ForCausalLM": "stepmoe.causal_lm",
     "VARIANTS": "stepmoe.variants",
     "init_distributed": "stepmoe.launch",
+    "measure": "stepmoe.measure",
     "progress": "stepmoe.launch",
 }
 
@@ -60,6 +62,7 @@ __all__ = [
     "Step3p5ForCausalLM",
     "__version__",
     "init_distributed",
+    "measure",
     "progress",
 ]
 
@@ -67,7 +70,8 @@ __all__ = [
 def __getattr__(name: str) -> Any:
     if name not in _HOME:
         raise AttributeError(f"module 'stepmoe' has no attribute {name!r}")
-    value = getattr(importlib.import_module(_HOME[name]), name)
+    home = importlib.import_module(_HOME[name])
+    value = home if _HOME[name] == f"stepmoe.{name}" else getattr(home, name)
     globals()[name] = value
     return value
 

@@ -5,11 +5,11 @@ import sys
 from collections.abc import Sequence
 
 import stepmoe
-from stepmoe import doctor
+from stepmoe import bench, doctor
 
 # Each module has `register(subparsers)`, which adds its parser and sets `run` on it: a function
 # from the parsed arguments to the exit status.
-COMMANDS = (doctor,)
+COMMANDS = (doctor, bench)
 
 
 def main(argv: Sequence[str] | None = None) -> int:

@@ -20,9 +20,9 @@ class Pass:
     """One rank's forward pass.
 
     Attributes:
-        logits: (batch, length, vocab), on every rank the same.
+        logits: (batch, length, vocab), on every rank the same; on the CPU.
         ledger: what this rank did, and when.
-        states: layer to name to complete value (batch, length, hidden).
+        states: layer to name to complete value (batch, length, hidden), on the CPU.
     """
 
     logits: Tensor
@@ -62,7 +62,11 @@ def forward_pass(
     model(input_ids, capture=capture)
     with Ledger() as ledger:
         logits = model(input_ids)
-    return Pass(logits, ledger, capture.states)
+    states = {
+        layer: {name: value.cpu() for name, value in named.items()}
+        for layer, named in capture.states.items()
+    }
+    return Pass(logits.cpu(), ledger, states)
 
 
 def refusal(variant: Variant, parallel: ParallelConfig, input_ids: Tensor) -> str:

@@ -4,19 +4,36 @@ Every function returns a matplotlib Figure: as the last line of a notebook cell 
 """
 
 from stepmoe.charts.collectives import collectives
+from stepmoe.charts.cost import cost_fit, roofline
+from stepmoe.charts.crossover import CrossoverPlot, crossover
 from stepmoe.charts.dataflow import dataflow
+from stepmoe.charts.latency import latency, speedup, where_the_time_goes
 from stepmoe.charts.layout import layout
+from stepmoe.charts.profiled import profile_timeline
+from stepmoe.charts.steps import layer_steps, steps
 from stepmoe.charts.style import COLOURS, HATCHES, MARKERS, style
+from stepmoe.charts.sums import sums
 from stepmoe.charts.timeline import timeline, timelines
 
 __all__ = [
     "COLOURS",
     "HATCHES",
     "MARKERS",
+    "CrossoverPlot",
     "collectives",
+    "cost_fit",
+    "crossover",
     "dataflow",
+    "latency",
+    "layer_steps",
     "layout",
+    "profile_timeline",
+    "roofline",
+    "speedup",
+    "steps",
     "style",
+    "sums",
     "timeline",
     "timelines",
+    "where_the_time_goes",
 ]

@@ -52,9 +52,8 @@ class Communicator:
         done = partial.with_(partial.tensor, REPLICATE)
         partial.spent = True
         if self.group.size > 1:
-            with record(
-                self._entry("all_reduce", done, partial.tensor, site), partial.tensor.device
-            ):
+            entry = self._entry("all_reduce", done, partial.tensor, site)
+            with record(entry, partial.tensor.device, self.group):
                 dist.all_reduce(partial.tensor, group=self.group.process_group)
         return done
 
@@ -70,7 +69,8 @@ class Communicator:
             return partial.with_(padded, TOKEN_SHARD)
         own = padded.new_empty(tokens_per_rank, padded.shape[1])
         done = partial.with_(own, TOKEN_SHARD)
-        with record(self._entry("reduce_scatter", done, padded, site), padded.device):
+        entry = self._entry("reduce_scatter", done, padded, site)
+        with record(entry, padded.device, self.group):
             _reduce_scatter(own, padded, group=self.group.process_group)
         return done
 
@@ -88,7 +88,8 @@ class Communicator:
         own = shard.tensor.contiguous()
         every = own.new_empty(self.group.size * own.shape[0], own.shape[1])
         done = shard.with_(every[: shard.num_tokens], REPLICATE)
-        with record(self._entry("all_gather", done, every, site), own.device):
+        entry = self._entry("all_gather", done, every, site)
+        with record(entry, own.device, self.group):
             _all_gather(every, own, group=self.group.process_group)
         return done
 
@@ -108,7 +109,7 @@ class Communicator:
         choice = choose(tensor.shape[0], tensor.shape[1], tensor.dtype, tensor.device)
         entry = self._entry("all_reduce_add_rms_norm", done, tensor, site)
         entry.implementation, entry.reason = choice.implementation, choice.reason
-        with record(entry, tensor.device):
+        with record(entry, tensor.device, self.group):
             if self.group.size > 1:
                 dist.all_reduce(tensor, group=self.group.process_group)
             normed, total = add_gemma_rms_norm(tensor, residual.tensor, weight, eps)

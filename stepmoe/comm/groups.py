@@ -5,6 +5,7 @@ from __future__ import annotations
 import weakref
 from dataclasses import dataclass, field
 
+import torch
 import torch.distributed as dist
 
 from stepmoe.errors import ConfigError
@@ -38,6 +39,15 @@ class RankGroup:
 def world_size() -> int:
     """Ranks in this torch.distributed job; 1 where it is not initialised."""
     return dist.get_world_size() if dist.is_initialized() else 1
+
+
+def meet(group: RankGroup, device: torch.device) -> None:
+    """Let no rank of the group pass before all have come: a sum of one number, which needs all.
+
+    On a GPU under NCCL it is the GPU that waits, in the order of its stream; the host goes on.
+    """
+    if group.size > 1:
+        dist.all_reduce(torch.zeros(1, device=device), group=group.process_group)
 
 
 def build_groups(parallel: ParallelConfig) -> dict[str, RankGroup]:

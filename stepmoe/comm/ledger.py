@@ -6,18 +6,22 @@
     print(ledger)
 
 Without an open ledger nothing is recorded and nothing is timed.
+
+`split_waiting()`, for measuring, tells waiting for other ranks from the time a collective takes.
 """
 
 from __future__ import annotations
 
 import time
 from collections import Counter
-from collections.abc import Iterator
-from contextlib import contextmanager
+from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass, field, replace
 from typing import Any, Literal
 
 import torch
+
+from stepmoe.comm.groups import RankGroup, meet
 
 
 @dataclass
@@ -39,8 +43,9 @@ class Entry:
         tensor: name of the tensor that came out.
         placement: of that tensor: "Replicate", "Shard", "Partial".
         start: seconds since the ledger opened.
-        seconds: how long this rank spent in it, waiting for slower ranks included. On a GPU both
+        seconds: how long this rank spent in it, waiting for slower ranks included. On a GPU times
             are read off CUDA events when the ledger closes: the GPU's time, not the host's.
+        waited: the part of `seconds` before every rank had come; 0 outside `split_waiting()`.
         implementation: which code carried a fused operation out; reason: why that one.
     """
 
@@ -57,6 +62,7 @@ class Entry:
     placement: str = ""
     start: float = 0.0
     seconds: float = 0.0
+    waited: float = 0.0
     implementation: str = ""
     reason: str = ""
 
@@ -73,14 +79,25 @@ class Entry:
         halves = 2 if self.op.startswith("all_reduce") else 1
         return halves * self.bytes * (self.group_size - 1) / self.group_size
 
+    @property
+    def label(self) -> str:
+        """The step's name in a profile: "stepmoe::all_reduce, layer 3, o_proj"."""
+        layer = "outside the layers" if self.layer is None else f"layer {self.layer}"
+        return ", ".join(part for part in (f"stepmoe::{self.op}", layer, self.site) if part)
+
 
 @dataclass
 class Ledger:
-    """Collects what this rank does while it is open. Ledgers nest, and travel between processes."""
+    """Collects what this rank does while it is open. Ledgers nest, and travel between processes.
+
+    Args:
+        annotates: whether torch.profiler, where it runs, is to see the steps by `label`.
+    """
 
     steps: list[Entry] = field(default_factory=list)
     notes: list[str] = field(default_factory=list)
     rank: int = 0
+    annotates: bool = False
     _opened: float = field(default=0.0, repr=False)
     _pending: list[tuple[Entry, Any]] = field(default_factory=list, repr=False)
 
@@ -93,11 +110,12 @@ class Ledger:
 
     def __exit__(self, *_: object) -> None:
         _open.remove(self)
-        for entry, (begin, end) in self._pending:
-            first_entry, (first, _) = self._pending[0]
+        for entry, (begin, met, end) in self._pending:
+            first_entry, (first, *_) = self._pending[0]
             end.synchronize()
             entry.start = first_entry.start + first.elapsed_time(begin) / 1e3
             entry.seconds = begin.elapsed_time(end) / 1e3
+            entry.waited = begin.elapsed_time(met) / 1e3 if met else 0.0
         self._pending.clear()
 
     @property
@@ -140,6 +158,7 @@ class Ledger:
 
 _open: list[Ledger] = []
 _in_flight: Entry | None = None
+_splits = False
 
 
 def is_recording() -> bool:
@@ -167,14 +186,33 @@ def in_flight() -> str | None:
 
 
 @contextmanager
-def record(entry: Entry, device: torch.device) -> Iterator[Entry]:
-    """Around one step: marks a collective as in flight, and times it if a ledger is open."""
+def split_waiting() -> Iterator[None]:
+    """Let the ranks meet before every collective that an open ledger records, and time that.
+
+    A measuring mode, which adds a small message to each. All ranks must be inside it together, with
+    a ledger open; without a ledger it does nothing.
+    """
+    global _splits
+    _splits = True
+    try:
+        yield
+    finally:
+        _splits = False
+
+
+@contextmanager
+def record(entry: Entry, device: torch.device, group: RankGroup | None = None) -> Iterator[Entry]:
+    """Around one step: marks a collective as in flight, and times it if a ledger is open.
+
+    Args:
+        group: the ranks of a collective; None for local work.
+    """
     global _in_flight
     if entry.kind == "collective":
         _in_flight = entry
     try:
         if _open:
-            with _timed(entry, device):
+            with _annotation(entry), _timed(entry, device, group):
                 yield entry
         else:
             yield entry
@@ -183,21 +221,34 @@ def record(entry: Entry, device: torch.device) -> Iterator[Entry]:
             _in_flight = None
 
 
+def _annotation(entry: Entry) -> AbstractContextManager[Any]:
+    if any(ledger.annotates for ledger in _open):
+        return torch.profiler.record_function(entry.label)
+    return nullcontext()
+
+
 @contextmanager
-def _timed(entry: Entry, device: torch.device) -> Iterator[None]:
+def _timed(entry: Entry, device: torch.device, group: RankGroup | None) -> Iterator[None]:
     ledgers = list(_open)
-    begin = time.perf_counter()
-    if device.type == "cuda":
-        events = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)
-        events[0].record()
-        yield
-        events[1].record()
-    else:
-        events = None
-        yield
-        entry.seconds = time.perf_counter() - begin
+    on_gpu = device.type == "cuda"
+    mark: Callable[[], Any] = _event if on_gpu else time.perf_counter
+    opened = time.perf_counter()
+    begin, met = mark(), None
+    if _splits and group is not None and group.size > 1:
+        meet(group, device)
+        met = mark()
+    yield
+    end = mark()
+    if not on_gpu:
+        entry.seconds, entry.waited = end - begin, (met or begin) - begin
     for ledger in ledgers:
-        kept = replace(entry, start=begin - ledger._opened)
+        kept = replace(entry, start=opened - ledger._opened)
         ledger.steps.append(kept)
-        if events:
-            ledger._pending.append((kept, events))
+        if on_gpu:
+            ledger._pending.append((kept, (begin, met, end)))
+
+
+def _event() -> torch.cuda.Event:
+    event = torch.cuda.Event(enable_timing=True)
+    event.record()
+    return event

@@ -70,7 +70,7 @@ def test_conda_environment_installs_this_checkout() -> None:
 
 def test_every_direct_dependency_is_pinned_within_its_bounds() -> None:
     pinned = pins()
-    for name, bounds in requirements("notebooks", "test", "dev").items():
+    for name, bounds in requirements("notebooks", "test", "dev", "browser").items():
         assert name in pinned, f"constraints.txt does not pin {name}"
         (pin,) = pinned[name]
         assert pin.operator == "==", name
@@ -131,8 +131,13 @@ def test_make_test_ends_with_one_pytest_run_over_tests_and_notebooks() -> None:
     assert runs[0].endswith(" tests notebooks")
 
 
-def test_ci_runs_make_test() -> None:
+def test_make_test_browser_chooses_the_browser_tests() -> None:
+    steps = make("--dry-run", "--always-make", "test-browser").stdout.strip().splitlines()
+    assert steps[-1].endswith(" -m pytest -m browser tests/browser")
+
+
+def test_ci_runs_the_tests_and_then_those_in_a_browser() -> None:
     script = REPO / ".ci" / "run"
     assert os.access(script, os.X_OK)
     subprocess.run(["bash", "-n", script], check=True)
-    assert script.read_text().strip().splitlines()[-1] == "make test"
+    assert script.read_text().strip().splitlines()[-2:] == ["make test", "make test-browser"]

@@ -1,0 +1,88 @@
+"""Measurements in files: JSON that pandas alone can read, with everything that belongs to them.
+
+    pandas.read_json("notebooks/results/latency.json", orient="table")
+
+gives the rows; `load` gives back the attributes as well, and every digit.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from stepmoe.errors import ConfigError
+
+if TYPE_CHECKING:
+    import pandas as pd
+
+FORMAT = "stepmoe latency 1"
+_NEEDED = ("variant", "tokens", "phase", "median", "p10", "p90", "verdict", "counts")
+
+
+def save(frame: pd.DataFrame, path: str | Path) -> None:
+    """Write what `compare_latency` returned; by convention under notebooks/results/.
+
+    Raises:
+        ConfigError: another kind of frame, or no such folder.
+    """
+    check_frame(frame)
+    file = Path(path)
+    if not file.parent.is_dir():
+        raise ConfigError(f"{file}: there is no folder {file.parent}; make it first")
+    rows = [
+        {name: None if _is_nan(value) else value for name, value in row.items()}
+        for row in frame.to_dict("records")
+    ]
+    schema = json.loads(frame.head(0).to_json(orient="table", index=False))["schema"]
+    content = {"format": FORMAT, "attrs": frame.attrs, "schema": schema, "data": rows}
+    file.write_text(json.dumps(content, indent=1, allow_nan=False) + "\n")
+
+
+def load(path: str | Path) -> pd.DataFrame:
+    """Read what `save` wrote: equal to what was saved, but for attrs["recorded"], which is True.
+
+    Raises:
+        ConfigError: there is no such file, or it holds something else.
+    """
+    import pandas as pd
+
+    file = Path(path)
+    try:
+        content = json.loads(file.read_text())
+    except OSError as error:
+        raise ConfigError(f"{file} cannot be read: {error.strerror}") from error
+    except ValueError as error:
+        raise ConfigError(f"{file} is not JSON: {error}") from error
+    found = content.get("format") if isinstance(content, dict) else None
+    if found != FORMAT:
+        raise ConfigError(
+            f"{file} holds no measurement of latency: its format is {found!r}, wanted {FORMAT!r}. "
+            "Give a file that stepmoe.measure.save or `python -m stepmoe bench --json` wrote"
+        )
+    try:
+        columns = [field["name"] for field in content["schema"]["fields"]]
+        kinds = {f["name"]: float for f in content["schema"]["fields"] if f["type"] == "number"}
+        frame = pd.DataFrame(content["data"], columns=columns).astype(kinds)
+        frame.attrs = {**content["attrs"], "recorded": True}
+        return check_frame(frame)
+    except (KeyError, TypeError, ValueError) as error:
+        raise ConfigError(f"{file} is damaged: {type(error).__name__}: {error}") from error
+
+
+def check_frame(frame: pd.DataFrame) -> pd.DataFrame:
+    """The frame, if it is one of `compare_latency`'s: rows can be left out, columns cannot."""
+    missing = [name for name in _NEEDED if name not in getattr(frame, "columns", ())]
+    if missing or "hardware" not in frame.attrs:
+        raise ConfigError(
+            f"{type(frame).__name__} is not what compare_latency returned: it lacks "
+            + (f"the columns {', '.join(missing)}" if missing else "its attrs")
+        )
+    if not len(frame):
+        raise ConfigError("the frame has no row: leave some in")
+    return frame
+
+
+def _is_nan(value: Any) -> bool:
+    return isinstance(value, float) and math.isnan(value)
