@@ -144,6 +144,8 @@ def execute(path: Path, name: str, *, cell_timeout: int) -> Run:
         resources={"metadata": {"path": str(path.parent)}},
         record_timing=False,
         coalesce_streams=True,
+        # A page shows a widget as a still picture; with its state it would ask a server for code.
+        store_widget_state=False,
         on_cell_start=on_cell_start,
     )
     failure = ""

@@ -71,7 +71,7 @@ class Entry:
         """Fewest bytes this rank must send: the bandwidth-optimal ring's share.
 
         2 (n-1)/n of the tensor for an all_reduce, (n-1)/n for reduce_scatter and all_gather
-        (Patarasu and Yuan, "Bandwidth optimal all-reduce algorithms", 2009). A backend may send
+        (Patarasuk and Yuan, "Bandwidth optimal all-reduce algorithms", 2009). A backend may send
         more.
         """
         if self.kind == "local":
