@@ -7,6 +7,7 @@ from stepmoe.charts.collectives import collectives
 from stepmoe.charts.cost import cost_fit, roofline
 from stepmoe.charts.crossover import CrossoverPlot, crossover
 from stepmoe.charts.dataflow import dataflow
+from stepmoe.charts.depth import error_by_depth
 from stepmoe.charts.latency import latency, speedup, where_the_time_goes
 from stepmoe.charts.layout import layout
 from stepmoe.charts.profiled import profile_timeline
@@ -24,6 +25,7 @@ __all__ = [
     "cost_fit",
     "crossover",
     "dataflow",
+    "error_by_depth",
     "latency",
     "layer_steps",
     "layout",

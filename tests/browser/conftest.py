@@ -21,6 +21,8 @@ if TYPE_CHECKING:
     from jupyterlab_page import JupyterLabPage
     from playwright.sync_api import Browser
 
+pytest.register_assert_rewrite("jupyterlab_page")  # its assertions say what they compared
+
 REPO = Path(__file__).parents[2]
 ARTEFACTS = REPO / "build" / "browser"
 CHROMIUM = ("chromium", "chromium-browser", "google-chrome")

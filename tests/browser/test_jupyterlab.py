@@ -3,6 +3,7 @@
 Each test leaves numbered screenshots and a log in build/browser/.
 """
 
+import base64
 import os
 import signal
 from pathlib import Path
@@ -64,6 +65,17 @@ def saved_outputs(path: Path) -> list[list[str]]:
     ]
 
 
+def saved_pictures(path: Path) -> list[str]:
+    """The PNG pictures in a notebook file, which an export shows, as hexadecimal digits."""
+    outputs = [
+        output for cell in nbformat.read(path, 4).cells for output in cell.get("outputs", [])
+    ]
+    pictures = [
+        output.data["image/png"] for output in outputs if "image/png" in output.get("data", {})
+    ]
+    return [base64.b64decode(picture).hex() for picture in pictures]
+
+
 @pytest.fixture
 def small(jupyterlab: "JupyterLab", request: pytest.FixtureRequest) -> Path:
     """A notebook that starts ranks, uses them, and can make them hang."""
@@ -110,18 +122,20 @@ def test_slider_of_latency_moves_its_figure(
     page.run_all(RUN_ALL)
     slider, output = page.first_slider()
     page.screenshot("ran")
-    value, drawing = slider.get_attribute("aria-valuenow"), page.drawing(output)
+    value, first = slider.get_attribute("aria-valuenow"), page.drawing(output)
 
     slider.focus()
     page.page.keyboard.press("ArrowRight")
     page.wait("the slider", SECONDS, lambda: slider.get_attribute("aria-valuenow") != value)
-    page.wait("another figure", SECONDS, lambda: page.drawing(output) != drawing)
+    page.wait("another figure", SECONDS, lambda: page.drawing(output) != first)
     page.wait_for_kernel("Idle")
     page.screenshot("one_step_right")
     assert page.errors() == []
 
     value, drawing = slider.get_attribute("aria-valuenow"), page.drawing(output)
     page.save()
+    as_exported = first in saved_pictures(path)  # not in the assert, which would print pictures
+    assert as_exported, "before anything was moved, the figure was not the one an export shows"
     page.close_tab()
     page.open_from_file_browser(path.name, number_of_cells(path))
     slider, output = page.first_slider()
@@ -164,6 +178,7 @@ def test_shutting_the_kernel_down_ends_its_ranks(
     assert len(jupyterlab.processes()) >= 5  # a kernel and 4 ranks
     page.menu("Kernel", "Shut Down Kernel")
     jupyterlab.wait_until_alone(SECONDS)
+    page.wait("no kernel", SECONDS, page.page.get_by_text("No Kernel").first.is_visible)
     page.screenshot("shut_down")
 
 
