@@ -56,6 +56,9 @@ clean:
 PIP_INSTALL = $(VENV_PYTHON) -m pip install --quiet --disable-pip-version-check \
 	$(if $(TORCH_INDEX),--extra-index-url "$(TORCH_INDEX)") -c constraints.txt
 
+# Without it, JupyterLab shows an error in place of an explorer when a saved notebook is reopened.
+LAB_SETTINGS := {"@jupyter-widgets/jupyterlab-manager:plugin": {"saveState": true}}
+
 # The stamp holds the path of the checkout: an editable install does not survive being moved.
 ifneq ($(shell cat $(INSTALLED) 2> /dev/null),$(CURDIR))
 $(INSTALLED): FORCE
@@ -73,6 +76,8 @@ $(INSTALLED): pyproject.toml constraints.txt
 		echo "Could not make .venv. On Debian and Ubuntu: sudo apt install python3-venv"; exit 1; }
 	@echo "Installing into .venv (downloads torch the first time: some minutes) ..."
 	@$(PIP_INSTALL) -e ".[notebooks,test,dev]"
+	@mkdir -p .venv/share/jupyter/lab/settings
+	@echo '$(LAB_SETTINGS)' > .venv/share/jupyter/lab/settings/overrides.json
 	@echo "$(CURDIR)" > $@
 
 $(INSTALLED_BROWSER): $(INSTALLED)

@@ -115,7 +115,8 @@ class Ranks:
                 call.wait()
             except KeyboardInterrupt:
                 self._clean_up(call)
-                raise
+                # A new one: the notebook then shows this call, not what waits inside it.
+                raise KeyboardInterrupt("the ranks are free for the next call") from None
             if not call.succeeded:
                 after = self._clean_up(call)
                 raise error_from(call.outcome, self._wanted.n, timeout, after) from None

@@ -2,19 +2,20 @@
 
 from __future__ import annotations
 
-from dataclasses import replace
+import math
 from typing import Any
 
 import ipywidgets
 from matplotlib.figure import Figure
 
 from stepmoe.charts.crossover import CrossoverPlot
-from stepmoe.comm.cost import ALGORITHMS, LINKS
+from stepmoe.comm.cost import ALGORITHMS, LINKS, Link
 from stepmoe.comm.fusion import GATES
 from stepmoe.comm.layer_cost import Machine
 from stepmoe.widgets.explorer import Explorer, choice, slider
 
 _POWERS = [2**power for power in range(17)]
+_STEP = 0.02  # of the bandwidth and latency sliders, in powers of ten
 
 
 class CrossoverExplorer(Explorer):
@@ -48,7 +49,7 @@ class CrossoverExplorer(Explorer):
             value=start.bandwidth / 1e9,
             min=-1,
             max=3.3,
-            step=0.02,
+            step=_STEP,
             readout_format=".4g",
         )
         self.latency = slider(
@@ -57,7 +58,7 @@ class CrossoverExplorer(Explorer):
             value=start.latency * 1e6,
             min=-1,
             max=3.3,
-            step=0.02,
+            step=_STEP,
             readout_format=".3g",
         )
         self.link = choice("link", [*LINKS, "own"], link)
@@ -80,13 +81,12 @@ class CrossoverExplorer(Explorer):
 
     @property
     def machine(self) -> Machine:
-        """What the controls say of the hardware."""
-        link = replace(
-            LINKS["nvlink4"],
-            name=self.link.value,
+        """What the controls say of the hardware; a preset's own numbers, not the sliders' steps."""
+        link = LINKS.get(self.link.value) or Link(
+            name="own",
             latency=self.latency.value * 1e-6,
             bandwidth=self.bandwidth.value * 1e9,
-            source="set by hand" if self.link.value == "own" else LINKS[self.link.value].source,
+            source="set by hand",
         )
         gate = GATES.get(self.gate.value)
         return Machine(link=link, algorithm=self.algorithm.value, gate=gate)
@@ -127,9 +127,20 @@ class CrossoverExplorer(Explorer):
 
     def _own_link(self, _: dict[str, Any]) -> None:
         """A slider moved by hand no longer shows the preset."""
-        if not self._paused:
+        if not self._paused and not self._shows_preset():
             self.link.value = "own"
             self.refresh()
+
+    def _shows_preset(self) -> bool:
+        """Whether both sliders stand where a browser puts the preset: on their nearest step."""
+        preset = LINKS.get(self.link.value)
+        return preset is not None and all(
+            abs(math.log10(control.value / value)) <= 0.505 * _STEP
+            for control, value in (
+                (self.bandwidth, preset.bandwidth / 1e9),
+                (self.latency, preset.latency * 1e6),
+            )
+        )
 
 
 def _sizes(first: int, others: list[int]) -> list[int]:

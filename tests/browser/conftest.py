@@ -171,7 +171,7 @@ def page(
     folder = ARTEFACTS / re.sub(r"\W+", "_", request.node.name)
     folder.mkdir(parents=True)
     failed_before = request.session.testsfailed
-    with chromium.new_context(viewport={"width": 1280, "height": 900}) as context:
+    with chromium.new_context(viewport={"width": 1280, "height": 1200}) as context:
         page = JupyterLabPage(context.new_page(), jupyterlab.url, jupyterlab.token, folder)
         try:
             yield page

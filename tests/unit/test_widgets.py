@@ -392,3 +392,15 @@ def test_controls_are_those_that_work_by_keyboard(by_variant: dict[str, Ledger])
     sliders = (crossover.tokens, crossover.tp, crossover.latency, stepper.step)
     expected = (SelectionRangeSlider, SelectionSlider, FloatLogSlider, IntSlider)
     assert tuple(type(control) for control in sliders) == expected
+
+
+def test_a_browser_that_puts_the_sliders_on_their_steps_moves_nothing() -> None:
+    """JupyterLab snaps a value to the nearest step and sends it back as if it had been moved."""
+    explorer = CrossoverExplorer()
+    before = explorer.machine, explorer.picture.value
+    explorer.bandwidth.value, explorer.latency.value = 10**2.66, 10**0.54  # from 450 and 3.4
+    assert explorer.link.value == "nvlink4"
+    assert (explorer.machine, explorer.picture.value) == before
+    explorer.latency.value = 10**0.56  # one step on
+    assert explorer.link.value == "own"
+    assert explorer.machine.link.latency == pytest.approx(10**0.56 * 1e-6)
