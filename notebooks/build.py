@@ -194,6 +194,8 @@ def store(run: Run, path: Path) -> None:
             output.get("data", {}).pop(WIDGET_VIEW, None)  # a random id of a widget that is gone
             if "traceback" in output:
                 output.traceback = [line.replace(f"{REPO}/", "") for line in output.traceback]
+        if cell.cell_type == "code":  # a progress bar leaves nothing but its view
+            cell.outputs = [output for output in cell.outputs if output.get("data") != {}]
     nbformat.write(notebook, path)
 
 

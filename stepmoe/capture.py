@@ -34,7 +34,11 @@ class Capture:
         layers: which decoder layers; None means all.
     """
 
-    def __init__(self, layers: Iterable[int] | None = None) -> None:
+    def __init__(self, layers: int | Iterable[int] | None = None) -> None:
+        if layers is not None:
+            layers = [layers] if isinstance(layers, int) else list(layers)
+            if not all(isinstance(layer, int) for layer in layers):
+                raise ConfigError(f"layers must be whole numbers, got {layers!r}")
         self.layers = None if layers is None else frozenset(layers)
         self.states: dict[int, dict[str, Tensor]] = {}
         self._shape: tuple[int, ...] = ()

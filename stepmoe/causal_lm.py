@@ -11,12 +11,11 @@ from torch import Tensor, nn
 
 from stepmoe.capture import Capture
 from stepmoe.checkpoint import Checkpoint, random_tensor
-from stepmoe.checks import check_alignment, check_input
+from stepmoe.checks import check_config_type, check_dtype, check_generate, check_input, check_model
 from stepmoe.comm.communicator import Communicator
 from stepmoe.comm.groups import build_groups, world_size
 from stepmoe.comm.placement import Placed
 from stepmoe.config import Step3p5Config
-from stepmoe.errors import ConfigError
 from stepmoe.launch.rank import rank_device
 from stepmoe.model.kv_cache import KVCache
 from stepmoe.model.norm import GemmaRMSNorm
@@ -37,7 +36,9 @@ class DecoderStack(nn.Module):
         comm: Communicator,
     ) -> None:
         super().__init__()
-        self.embed_tokens = nn.Embedding(config.vocab_size, config.hidden_size)
+        # With a weight given nothing is initialised, which would import torch's compiler.
+        weight = torch.empty(config.vocab_size, config.hidden_size)
+        self.embed_tokens = nn.Embedding(config.vocab_size, config.hidden_size, _weight=weight)
         self.layers = nn.ModuleList(
             layer(config, parallel, index, comm) for index in range(config.num_hidden_layers)
         )
@@ -60,8 +61,7 @@ class Step3p5ForCausalLM(nn.Module):
     ) -> None:
         super().__init__()
         layer = layer_class(variant)
-        parallel.check(config)
-        check_alignment(config, parallel, dtype)
+        check_model(config, parallel, dtype)
         self.config, self.parallel, self.layer_class = config, parallel, layer
         self.groups = build_groups(parallel)
         self.comm = Communicator(self.groups["tp"])
@@ -107,7 +107,11 @@ class Step3p5ForCausalLM(nn.Module):
         device: str | torch.device | None = None,
         seed: int = 0,
     ) -> Step3p5ForCausalLM:
-        """The same with random weights: one seed gives the same model however it is cut."""
+        """The same with random weights: one seed gives the same model however it is cut.
+
+        Every rank draws each whole tensor in float32 on the CPU before it takes its slice: made for
+        small shapes. A stacked expert tensor of Step3p5Config.flash() takes 6 GB.
+        """
 
         def source(name: str, layout: TensorLayout) -> Tensor:
             return random_tensor(name, layout, seed)
@@ -124,7 +128,8 @@ class Step3p5ForCausalLM(nn.Module):
         dtype: torch.dtype | None,
         device: str | torch.device | None,
     ) -> Step3p5ForCausalLM:
-        dtype = dtype or getattr(torch, config.torch_dtype)
+        check_config_type(config)
+        dtype = check_dtype(config.torch_dtype if dtype is None else dtype)
         device = torch.device(device) if device is not None else rank_device()
         model = cls(config, variant, parallel or ParallelConfig(tp=world_size()), dtype)
         state = {}
@@ -149,7 +154,8 @@ class Step3p5ForCausalLM(nn.Module):
         """Logits (batch, length, vocab) of input_ids (batch, length) int64, on every rank the same.
 
         Args:
-            input_ids: the same on every rank; with a cache, only the tokens that are new.
+            input_ids: the same on every rank, which is not checked: ranks that pass different ids
+                get different, wrong logits. With a cache, only the tokens that are new.
             cache: from new_cache(); remembers the tokens for the next call.
             capture: records named intermediate values.
         """
@@ -180,8 +186,7 @@ class Step3p5ForCausalLM(nn.Module):
         Ends early when every sequence has produced an end-of-sequence token; a sequence that ended
         before the others is filled up with that token.
         """
-        if max_new_tokens < 1:
-            raise ConfigError(f"max_new_tokens must be at least 1, got {max_new_tokens}")
+        check_generate(self.config, input_ids, max_new_tokens)
         input_ids = input_ids.to(self.lm_head.weight.device)
         cache, new = self.new_cache(), input_ids
         eos = torch.tensor(self.config.eos_token_ids, device=input_ids.device, dtype=torch.int64)

@@ -84,7 +84,7 @@ class Checkpoint:
         Raises:
             CheckpointError: names the first missing, surplus or misshapen tensor and its file.
         """
-        for name in layouts.keys() - self._file_of.keys():
+        for name in sorted(layouts.keys() - self._file_of.keys()):
             raise CheckpointError(f"tensor {name} is missing from {self.path}")
         for name in sorted(self._file_of.keys() - layouts.keys()):
             layer = _LAYER.match(name)

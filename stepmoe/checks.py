@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any, cast
 
 import torch
 from torch import Tensor
@@ -43,8 +43,11 @@ def check_config(config: Step3p5Config) -> None:
     """Raise ConfigError, naming field and value, for a shape that no model can have."""
     for name in _POSITIVE:
         value = getattr(config, name)
-        if not isinstance(value, int) or value < 1:
+        if not isinstance(value, int) or isinstance(value, bool) or value < 1:
             raise ConfigError(f"{name} must be a positive whole number, got {value!r}")
+    check_dtype(config.torch_dtype)
+    for name in ("rms_norm_eps", "router_scaling_factor"):
+        _expect_positive(name, getattr(config, name))
     for name in _PER_LAYER:
         if len(getattr(config, name)) != config.num_hidden_layers:
             raise ConfigError(
@@ -56,6 +59,10 @@ def check_config(config: Step3p5Config) -> None:
             raise ConfigError(
                 f"layer type {kind!r} is not known: use full_attention or sliding_attention"
             )
+    for theta in config.rope_theta:
+        _expect_positive("rope_theta", theta)
+    if len(set(config.moe_layers)) < len(config.moe_layers):
+        raise ConfigError(f"moe_layers names a layer twice: {config.moe_layers}")
     for heads in (config.num_attention_heads, config.num_attention_heads_sliding):
         if heads % config.num_key_value_heads:
             raise ConfigError(
@@ -80,6 +87,55 @@ def check_config(config: Step3p5Config) -> None:
         )
 
 
+def _expect_positive(name: str, value: Any) -> None:
+    if isinstance(value, bool) or not isinstance(value, (int, float)) or not value > 0:
+        raise ConfigError(f"{name} must be a number above 0, got {value!r}")
+
+
+DTYPES = ("float32", "bfloat16", "float16", "float64")
+
+
+def check_dtype(dtype: Any) -> torch.dtype:
+    """A torch dtype, from itself or its name ("bfloat16", "torch.bfloat16")."""
+    name = str(dtype).removeprefix("torch.")
+    if name not in DTYPES:
+        raise ConfigError(f"dtype {dtype!r} is not one a model runs in: use {', '.join(DTYPES)}")
+    return cast(torch.dtype, getattr(torch, name))
+
+
+def check_config_type(config: Any) -> None:
+    """A model is made from a Step3p5Config, nothing like it."""
+    from stepmoe.config import Step3p5Config
+
+    if not isinstance(config, Step3p5Config):
+        raise ConfigError(f"config must be a Step3p5Config, got {config!r}")
+
+
+def check_model(config: Step3p5Config, parallel: ParallelConfig, dtype: torch.dtype) -> None:
+    """Whether the layout is one, and the shape can be cut by it and is aligned."""
+    from stepmoe.parallel import ParallelConfig
+
+    if not isinstance(parallel, ParallelConfig):
+        raise ConfigError(f"parallel must be a ParallelConfig, got {parallel!r}")
+    parallel.check(config)
+    check_alignment(config, parallel, dtype)
+
+
+def check_generate(config: Step3p5Config, input_ids: Tensor, max_new_tokens: int) -> None:
+    """Before the first token is computed: the count, and that the positions suffice."""
+    if not isinstance(max_new_tokens, int) or max_new_tokens is True or max_new_tokens < 1:
+        raise ConfigError(
+            f"max_new_tokens must be a whole number of at least 1, got {max_new_tokens!r}"
+        )
+    check_input(config, input_ids, None)
+    # The last new token is not fed back.
+    if input_ids.shape[1] + max_new_tokens - 1 > config.max_position_embeddings:
+        raise ConfigError(
+            f"{input_ids.shape[1]} tokens and {max_new_tokens} new ones exceed "
+            f"max_position_embeddings = {config.max_position_embeddings}"
+        )
+
+
 def check_alignment(config: Step3p5Config, parallel: ParallelConfig, dtype: torch.dtype) -> None:
     """grouped_mm needs rows of a multiple of 16 bytes (torch 2.11 to 2.13, CPU and CUDA)."""
     if dtype is torch.float64 or not config.moe_layers:
@@ -97,6 +153,11 @@ def check_alignment(config: Step3p5Config, parallel: ParallelConfig, dtype: torc
 
 def check_input(config: Step3p5Config, input_ids: Tensor, cache: KVCache | None) -> None:
     """Shape, dtype, vocabulary, length and, with a cache, the batch it was filled with."""
+    if not isinstance(input_ids, Tensor):
+        raise ConfigError(
+            f"input_ids must be a torch tensor, got {type(input_ids).__name__}: "
+            "use torch.tensor(...), (batch, length)"
+        )
     if input_ids.dim() != 2 or input_ids.dtype not in (torch.int64, torch.int32):
         raise ConfigError(
             f"input_ids must be a (batch, length) int64 tensor, got {input_ids.dtype} "
@@ -119,6 +180,8 @@ def check_input(config: Step3p5Config, input_ids: Tensor, cache: KVCache | None)
             f"{config.max_position_embeddings}"
         )
     if cache is not None:
+        if cache.config != config:
+            raise ConfigError("the cache was made for another model: use this model's new_cache()")
         if cache.batch_size not in (None, batch):
             raise ConfigError(
                 f"the cache holds {cache.batch_size} sequences, input_ids {batch}: "

@@ -205,8 +205,8 @@ class Step3p5Config:
                 f"no config.json at {path}: give a checkpoint folder or its config.json"
             )
         try:
-            published = json.loads(file.read_text())
-        except json.JSONDecodeError as error:
+            published = json.loads(file.read_text(encoding="utf-8"))
+        except (json.JSONDecodeError, UnicodeDecodeError) as error:
             raise ConfigError(f"{file} is not valid JSON: {error}") from error
         return cls.from_dict(published)
 

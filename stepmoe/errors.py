@@ -1,5 +1,8 @@
 """The errors a user of stepmoe meets; every message names the value and says what to do."""
 
+from functools import partial
+from typing import Any
+
 
 class ConfigError(ValueError):
     """A shape, a parallel layout or an argument that cannot work; names the numbers."""
@@ -29,6 +32,9 @@ class RankError(RuntimeError):
         self.rank = rank
         self.traceback = traceback
 
+    def __reduce__(self) -> tuple[Any, ...]:  # keyword arguments do not travel by themselves
+        return partial(RankError, rank=self.rank, traceback=self.traceback), self.args
+
 
 class RankTimeout(RuntimeError):
     """A call did not end within its time limit.
@@ -40,3 +46,6 @@ class RankTimeout(RuntimeError):
     def __init__(self, message: str, *, waiting: dict[int, str]) -> None:
         super().__init__(message)
         self.waiting = waiting
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        return partial(RankTimeout, waiting=self.waiting), self.args

@@ -120,8 +120,8 @@ def tensor_layouts(
 ) -> dict[str, TensorLayout]:
     """Name, full shape and slice of every tensor that `rank` (0 to tp - 1) of the model holds.
 
-    Embedding, router, norms and head are held whole by every rank: nothing outside the layers
-    communicates, so that each counted collective belongs to a layer.
+    Embedding, router, norms and head are held whole by every rank: nothing outside the layers is
+    summed. Where tokens are sharded, one all_gather stands before the head.
     """
     parallel.check(config)
     if not 0 <= rank < parallel.tp:

@@ -24,18 +24,30 @@ _FIXED: dict[str, tuple[Any, ...]] = {
 }
 
 
+_ROPE_SCALING = (
+    "factor",
+    "original_max_position_embeddings",
+    "low_freq_factor",
+    "high_freq_factor",
+)
+
+
 def parse(published: dict[str, Any]) -> dict[str, Any]:
     """Keyword arguments for Step3p5Config, from a parsed config.json.
 
     Raises:
         ConfigError: names the missing or unsupported field.
     """
+    if not isinstance(published, dict):
+        raise ConfigError(f"config.json must hold an object, got {type(published).__name__}")
     for name, allowed in _FIXED.items():
         if published.get(name, allowed[0]) not in allowed:
             raise ConfigError(
                 f"config.json says {name} = {published[name]!r}; stepmoe implements {allowed[0]!r}"
             )
     num_layers = _field(published, "num_hidden_layers")
+    if not isinstance(num_layers, int):
+        raise ConfigError(f"num_hidden_layers must be a whole number, got {num_layers!r}")
     layer_types = _per_layer(published, "layer_types", num_layers)
     sliding = published.get("attention_other_setting") or {}
     if sliding.get("attention_type", "sliding_attention") != "sliding_attention":
@@ -78,7 +90,9 @@ def parse(published: dict[str, Any]) -> dict[str, Any]:
         "max_position_embeddings": _field(published, "max_position_embeddings"),
         "bos_token_id": published.get("bos_token_id"),
         "eos_token_ids": () if eos is None else tuple(eos) if isinstance(eos, list) else (eos,),
-        "torch_dtype": published.get("torch_dtype") or published.get("dtype") or "bfloat16",
+        "torch_dtype": str(
+            published.get("torch_dtype") or published.get("dtype") or "bfloat16"
+        ).removeprefix("torch."),
     }
 
 
@@ -124,6 +138,9 @@ def _rope_scaling(published: dict[str, Any]) -> dict[str, Any]:
         raise ConfigError(
             f"rope_scaling has rope_type {scaling.get('rope_type')!r}; stepmoe implements 'llama3'"
         )
+    missing = [name for name in _ROPE_SCALING if not isinstance(scaling.get(name), (int, float))]
+    if missing:
+        raise ConfigError(f"rope_scaling lacks {', '.join(missing)} as numbers: got {scaling}")
     if not layer_types:  # without the list, the published code scales every layer
         layer_types = ("full_attention", "sliding_attention")
     return {

@@ -1,8 +1,8 @@
-"""Ledger: every collective of this rank, with its layer, site, size and time.
+"""Ledger: every collective of this rank's Communicators, with layer, site, size and time.
 
     with sm.Ledger() as ledger:
         model(input_ids)
-    ledger.counts()        # {"all_reduce": 11}
+    ledger.counts()        # {"all_reduce": 10}
     print(ledger)
 
 Without an open ledger nothing is recorded and nothing is timed.
@@ -102,6 +102,8 @@ class Ledger:
     _pending: list[tuple[Entry, Any]] = field(default_factory=list, repr=False)
 
     def __enter__(self) -> Ledger:
+        if self._opened:
+            raise RuntimeError("this Ledger has already been used: open a new one")
         dist = torch.distributed
         self.rank = dist.get_rank() if dist.is_available() and dist.is_initialized() else 0
         self._opened = time.perf_counter()

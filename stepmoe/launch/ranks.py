@@ -96,7 +96,8 @@ class Ranks:
 
         Args:
             fn: a function, defined anywhere: imported, in a notebook's cell, a lambda, a closure.
-            timeout: seconds, or None for no limit.
+            timeout: seconds, or None for no limit. A function's own argument of this name has to
+                be bound with functools.partial.
         Returns:
             One result a rank, in rank order; tensors on a GPU come back on the CPU.
         Raises:
@@ -146,6 +147,9 @@ class Ranks:
 
     def __enter__(self) -> Self:
         return self
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        raise TypeError("a Ranks cannot be used inside a rank: use torch.distributed there")
 
     def __exit__(
         self,

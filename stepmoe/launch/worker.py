@@ -22,6 +22,10 @@ import cloudpickle
 import torch
 import torch.distributed as dist
 
+# The defaults of its functions hold the world group of the moment it is imported. Building a model
+# imports it; done here, before there is a group, it keeps none alive when this rank lets go.
+import torch.distributed.nn.functional
+
 from stepmoe.launch import progress_bar, rank
 from stepmoe.launch.answers import Answer, Failure, Frame, Setup
 from stepmoe.launch.deadline import Deadline, publish

@@ -38,5 +38,6 @@ class KVCache:
 
     def __init__(self, config: Step3p5Config) -> None:
         self.layers = [LayerCache(layer.sliding_window) for layer in config.layers]
+        self.config = config
         self.length = 0
         self.batch_size: int | None = None

@@ -39,6 +39,13 @@ def test_entries_of_the_prediction_layers_are_ignored():
         ({"layer_types": ["linear"] * 4}, "'linear'"),
         ({"rope_scaling": {"rope_type": "yarn"}}, "'yarn'"),
         ({"moe_layers_enum": "a,b"}, "'a,b'"),
+        ({"torch_dtype": "float99"}, "'float99' is not one a model runs in"),
+        ({"num_hidden_layers": "5"}, "num_hidden_layers .* got '5'"),
+        ({"rope_scaling": {"rope_type": "llama3"}}, "lacks factor, original_max"),
+        ({"rms_norm_eps": -1}, "rms_norm_eps must be a number above 0, got -1"),
+        ({"rope_theta": 0}, "rope_theta must be"),
+        ({"moe_layers_enum": "1,1,2"}, "names a layer twice"),
+        ({"moe_top_k": True}, "num_experts_per_tok must be .* got True"),
         ({"moe_top_k": 17}, "top-17 .* got 16"),
         ({"num_attention_heads": 9}, "9 query heads .* 4 key-value"),
         ({"partial_rotary_factors": [0.2] * 4}, "0.2 of head_dim 16"),
@@ -60,3 +67,13 @@ def test_no_file_and_no_json(tmp_path):
 def test_a_layer_that_does_not_exist():
     with pytest.raises(sm.ConfigError, match=r"layer 5 does not exist: .* 0 to 4"):
         sm.Step3p5Config.tiny().layer(5)
+
+
+def test_a_config_that_is_no_object_and_one_that_is_no_text(tmp_path):
+    file = tmp_path / "config.json"
+    file.write_text("[1]")
+    with pytest.raises(sm.ConfigError, match="must hold an object, got list"):
+        sm.Step3p5Config.from_pretrained(tmp_path)
+    file.write_bytes(b"\xff\xfe\x00")
+    with pytest.raises(sm.ConfigError, match="not valid JSON"):
+        sm.Step3p5Config.from_pretrained(file)

@@ -113,3 +113,17 @@ def test_the_gates_as_published():
 def test_the_choice_gives_its_reason():
     assert choose(2049, 4096, torch.bfloat16, CPU).reason.startswith("2049 tokens are more")
     assert "CPU" in choose(8, 4096, torch.bfloat16, CPU).reason
+
+
+def test_a_ledger_is_opened_once():
+    with sm.Ledger() as ledger:
+        pass
+    with pytest.raises(RuntimeError, match="already been used"), ledger:
+        pass
+
+
+def test_errors_travel_between_processes():
+    error = pickle.loads(pickle.dumps(sm.RankError("rank 2 raised", rank=2, traceback="here")))
+    assert (str(error), error.rank, error.traceback) == ("rank 2 raised", 2, "here")
+    late = pickle.loads(pickle.dumps(sm.RankTimeout("too late", waiting={0: "all_reduce"})))
+    assert (str(late), late.waiting) == ("too late", {0: "all_reduce"})

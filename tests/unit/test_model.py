@@ -206,3 +206,52 @@ def test_layer_settings_of_the_published_shape():
         torch.Size(layout.shape).numel() for layout in tensor_layouts(flash, ONE, 0).values()
     )
     assert round(total / 1e9) == 197  # published: 196 B, without saying how embeddings are counted
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        ({"dtype": torch.int64}, "torch.int64 is not one a model runs in"),
+        ({"dtype": "float7"}, "'float7' is not one"),
+        ({"parallel": (1, 1)}, r"parallel must be a ParallelConfig, got \(1, 1\)"),
+        ({"config": "tiny"}, "config must be a Step3p5Config, got 'tiny'"),
+    ],
+)
+def test_bad_model_arguments_are_named(arguments, message):
+    config = arguments.pop("config", sm.Step3p5Config.tiny())
+    with pytest.raises(sm.ConfigError, match=message):
+        sm.Step3p5ForCausalLM.from_config(config, **arguments)
+
+
+def test_a_dtype_may_be_given_by_name():
+    model = sm.Step3p5ForCausalLM.from_config(sm.Step3p5Config.tiny(), dtype="bfloat16")
+    assert model.lm_head.weight.dtype is torch.bfloat16
+
+
+@pytest.mark.parametrize("count", [0, -1, 2.5, "3", True])
+def test_bad_counts_of_new_tokens_are_named(count):
+    with pytest.raises(sm.ConfigError, match=f"max_new_tokens must be .* got {count!r}"):
+        sm.Step3p5ForCausalLM.from_pretrained(TINY).generate(IDS, max_new_tokens=count)
+
+
+def test_generate_refuses_what_the_positions_cannot_hold_before_it_starts():
+    model = sm.Step3p5ForCausalLM.from_pretrained(TINY)
+    with pytest.raises(sm.ConfigError, match=r"40 tokens and 474 new ones exceed .* 512"):
+        model.generate(IDS, max_new_tokens=474)
+
+
+def test_other_sequences_than_tensors_are_named():
+    with pytest.raises(sm.ConfigError, match="must be a torch tensor, got list"):
+        sm.Step3p5ForCausalLM.from_pretrained(TINY)([[1, 2]])
+
+
+def test_a_cache_belongs_to_its_model():
+    other = sm.Step3p5ForCausalLM.from_config(sm.Step3p5Config.tiny()).new_cache()
+    with pytest.raises(sm.ConfigError, match="made for another model"):
+        sm.Step3p5ForCausalLM.from_pretrained(TINY)(IDS, other)
+
+
+def test_capture_wants_layers_as_whole_numbers():
+    assert sm.Capture(3).layers == {3}
+    with pytest.raises(sm.ConfigError, match=r"got \[1.5\]"):
+        sm.Capture([1.5])
