@@ -179,23 +179,21 @@ def test_another_launcher(run: Callable[..., dict[str, Any]], tmp_path: Path) ->
     """The road of ssh, slurm and mpi, none of which is here: a stand-in for mpiexec takes it."""
     mpiexec = tmp_path / "mpiexec"
     mpiexec.write_text(
-        f"#!{sys.executable}\n"
         "import signal, subprocess, sys\n"
         "signal.signal(signal.SIGTERM, lambda *_: [p.terminate() for p in processes])\n"
         "command = [word for word in sys.argv[3:] if word != '--mpi']\n"
         "processes = [subprocess.Popen(command) for _ in range(int(sys.argv[2]))]\n"
         "[p.wait() for p in processes]\n"
     )
-    mpiexec.chmod(0o700)
     result = run(
         f"""
-        import os, signal, time, torch, torch.distributed as dist
+        import os, signal, sys, time, torch, torch.distributed as dist
         from traitlets.config import Config
         from stepmoe.errors import RankError, RankTimeout
         from stepmoe.launch import Ranks
 
         config = Config()
-        config.MPILauncher.mpi_cmd = [{str(mpiexec)!r}]
+        config.MPILauncher.mpi_cmd = [sys.executable, {str(mpiexec)!r}]
         def reduce():
             ones = torch.ones(1)
             dist.all_reduce(ones)
