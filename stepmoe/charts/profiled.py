@@ -9,12 +9,14 @@ from matplotlib.figure import Figure
 
 from stepmoe.charts.style import (
     FAINT,
+    LEGEND_COLUMNS,
     in_order,
     inch_axes,
-    legend_patches,
     look_of,
     new_figure,
+    step_legend,
     style,
+    time_axis,
 )
 from stepmoe.measure.report import provenance, unit_for
 
@@ -25,7 +27,6 @@ if TYPE_CHECKING:
 
 # Inches.
 _WIDTH, _LEFT, _RIGHT, _LANE, _AXIS, _LEGEND_ROW = 10.0, 0.95, 0.25, 0.55, 0.62, 0.28
-_LEGEND_COLUMNS = 4
 
 
 def profile_timeline(profile: Profile, title: str | None = None) -> Figure:
@@ -42,7 +43,7 @@ def profile_timeline(profile: Profile, title: str | None = None) -> Figure:
     events = profile.events
     ops = in_order(set(events.loc[events["kind"] != "op", "op"]))
     ranks = sorted(events["rank"].unique())
-    legend = _LEGEND_ROW * -(-len(ops) // _LEGEND_COLUMNS)
+    legend = _LEGEND_ROW * -(-len(ops) // LEGEND_COLUMNS)
     head = 0.5 if title else 0.1
     end = (events["start"] + events["seconds"]).max()
     factor, unit = unit_for([end])
@@ -64,21 +65,9 @@ def profile_timeline(profile: Profile, title: str | None = None) -> Figure:
                 va="center",
                 transform=axes.get_yaxis_transform(),
             )
-        axes.axis("on")
-        axes.spines["left"].set_visible(False)
-        axes.yaxis.set_visible(False)
         where = provenance(profile.attrs)
-        axes.set_xlabel(f"{unit} of {profile.attrs['variant']}, profiled  ({where})")
-        figure.legend(
-            handles=legend_patches(ops),
-            loc="lower center",
-            ncols=_LEGEND_COLUMNS,
-            frameon=False,
-            borderpad=0,
-            borderaxespad=0.4,
-            handlelength=2.4,
-            handleheight=1.2,
-        )
+        time_axis(axes, f"{unit} of {profile.attrs['variant']}, profiled  ({where})")
+        step_legend(figure, ops)
     return figure
 
 

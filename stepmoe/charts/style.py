@@ -69,6 +69,8 @@ CODES = {
 }
 NAMES = {"experts": "routed experts", "share_expert": "shared expert", "mlp": "dense MLP"}
 
+LEGEND_COLUMNS = 4
+
 _SETTINGS: dict[Any, Any] = {
     "font.family": "sans-serif",
     "font.sans-serif": ["DejaVu Sans"],  # comes with matplotlib: the same everywhere
@@ -156,6 +158,28 @@ def legend_patches(ops: list[str]) -> list[Artist]:
         )
         for op in ops
     ]
+
+
+def step_legend(figure: Figure, ops: list[str]) -> None:
+    """The steps that occur, in LEGEND_COLUMNS columns at the foot of the figure."""
+    figure.legend(
+        handles=legend_patches(ops),
+        loc="lower center",
+        ncols=LEGEND_COLUMNS,
+        frameon=False,
+        borderpad=0,
+        borderaxespad=0.4,
+        handlelength=2.4,
+        handleheight=1.2,
+    )
+
+
+def time_axis(axes: Axes, label: str) -> None:
+    """Show the time axis below the lowest lanes."""
+    axes.axis("on")
+    axes.spines["left"].set_visible(False)
+    axes.yaxis.set_visible(False)
+    axes.set_xlabel(label)
 
 
 def in_order(ops: set[str]) -> list[str]:

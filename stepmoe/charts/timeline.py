@@ -14,13 +14,15 @@ from stepmoe.charts.style import (
     COLOURS,
     FAINT,
     INK,
+    LEGEND_COLUMNS,
     in_order,
     inch_axes,
-    legend_patches,
     look_of,
     new_figure,
+    step_legend,
     style,
     text_width,
+    time_axis,
 )
 from stepmoe.comm.ledger import Entry, Ledger
 from stepmoe.errors import ConfigError
@@ -28,7 +30,6 @@ from stepmoe.errors import ConfigError
 # Inches.
 _WIDTH, _LEFT, _RIGHT, _TITLE, _AXIS, _LEGEND_ROW = 10.0, 0.95, 0.25, 0.5, 0.62, 0.28
 _LAYERS, _CODES, _LEADER, _NAME = 0.24, 0.24, 0.16, 0.34  # strips above the lanes
-_LEGEND_COLUMNS = 4
 
 
 def timeline(
@@ -81,7 +82,7 @@ def timelines(
 
 def _draw(runs: Mapping[str, Run], title: str | None, label: str, lane: float) -> Figure:
     ops = in_order(set().union(*(run.ops for run in runs.values())))
-    legend = _LEGEND_ROW * -(-len(ops) // _LEGEND_COLUMNS)
+    legend = _LEGEND_ROW * -(-len(ops) // LEGEND_COLUMNS)
     heights = [
         _LAYERS + _CODES + _LEADER + lane * len(run.ranks) + (_NAME if name else 0)
         for name, run in runs.items()
@@ -99,26 +100,9 @@ def _draw(runs: Mapping[str, Run], title: str | None, label: str, lane: float) -
             _Panel(axes, run, scale, end * scale, lane).draw(name)
             top += height
         assert axes is not None
-        _time_axis(axes, f"{unit} since the first step" + (f"  ({label})" if label else ""))
-        figure.legend(
-            handles=legend_patches(ops),
-            loc="lower center",
-            ncols=_LEGEND_COLUMNS,
-            frameon=False,
-            borderpad=0,
-            borderaxespad=0.4,
-            handlelength=2.4,
-            handleheight=1.2,
-        )
+        time_axis(axes, f"{unit} since the first step" + (f"  ({label})" if label else ""))
+        step_legend(figure, ops)
     return figure
-
-
-def _time_axis(axes: Axes, label: str) -> None:
-    """Show the time axis below the lowest lanes."""
-    axes.axis("on")
-    axes.spines["left"].set_visible(False)
-    axes.yaxis.set_visible(False)
-    axes.set_xlabel(label)
 
 
 class _Panel:
