@@ -5,6 +5,7 @@
 PYTHON ?= python3
 TORCH_INDEX ?=
 LAB_FLAGS ?=
+RECORD ?=
 VENV_PYTHON := .venv/bin/python
 INSTALLED := .venv/.installed
 INSTALLED_BROWSER := .venv/.installed-browser
@@ -31,6 +32,8 @@ help:
 	@echo "                      Linux without a GPU: the CPU build of torch, several GB smaller"
 	@echo "  LAB_FLAGS='--no-browser --allow-root'"
 	@echo "                      passed to JupyterLab; these two for a container or a remote machine"
+	@echo "  RECORD=notebooks/results/my_gpu_tests.json"
+	@echo "                      where test-cuda keeps its outcomes, devices and versions"
 
 walkthrough: $(INSTALLED)
 	@$(VENV_PYTHON) notebooks/build.py --cell-timeout $(CELL_TIMEOUT)
@@ -48,7 +51,7 @@ test-browser: $(INSTALLED_BROWSER)
 	@$(VENV_PYTHON) -m pytest -m browser tests/browser
 
 test-cuda: $(INSTALLED_CUDA)
-	@$(VENV_PYTHON) -m pytest -m cuda tests
+	@$(VENV_PYTHON) -m pytest -m cuda $(if $(RECORD),--record "$(RECORD)") tests
 
 clean:
 	rm -rf .venv build stepmoe.egg-info .pytest_cache .mypy_cache .ruff_cache .hypothesis

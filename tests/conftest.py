@@ -8,6 +8,12 @@ import pytest
 os.environ["STEPMOE_DEVICE"] = "cpu"
 
 
+def pytest_addoption(parser: pytest.Parser) -> None:
+    parser.addoption(
+        "--record", metavar="FILE", help="keep outcomes, devices and versions of the cuda tests"
+    )
+
+
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     needs_gpu = [item for item in items if item.get_closest_marker("cuda")]
     if not needs_gpu:
