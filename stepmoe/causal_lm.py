@@ -18,6 +18,7 @@ from stepmoe.comm.placement import Placed
 from stepmoe.config import Step3p5Config
 from stepmoe.launch.rank import rank_device
 from stepmoe.model.kv_cache import KVCache
+from stepmoe.model.merged import published_views
 from stepmoe.model.norm import GemmaRMSNorm
 from stepmoe.parallel import ParallelConfig, TensorLayout, tensor_layouts
 from stepmoe.variants import DecoderLayer, Step, layer_class
@@ -133,14 +134,17 @@ class Step3p5ForCausalLM(nn.Module):
         device = torch.device(device) if device is not None else rank_device()
         model = cls(config, variant, parallel or ParallelConfig(tp=world_size()), dtype)
         state = {}
-        for name, layout in tensor_layouts(config, model.parallel, model.comm.group.index).items():
+        for name, parameter in model.state_dict().items():
             # The router's bias only steers a choice between float32 scores.
             is_bias = name.endswith("router_bias")
             kept = torch.promote_types(dtype, torch.float32) if is_bias else dtype
+            state[name] = torch.empty(parameter.shape, dtype=kept, device=device)
+        model.load_state_dict(state, assign=True)
+        layouts = tensor_layouts(config, model.parallel, model.comm.group.index)
+        for name, view in published_views(model).items():
             # A copy in memory of its own: a file's offsets give every tensor another alignment, and
             # with it another order of summation in the matrix product.
-            state[name] = source(name, layout).to(device, kept, copy=True)
-        model.load_state_dict(state, assign=True)
+            view.copy_(source(name, layouts[name]))
         return model.requires_grad_(False)
 
     def new_cache(self) -> KVCache:

@@ -8,6 +8,7 @@ from torch import Tensor, nn
 
 from stepmoe.config import LayerConfig
 from stepmoe.model.kv_cache import LayerCache
+from stepmoe.model.merged import MergedLinear
 from stepmoe.model.norm import GemmaRMSNorm
 from stepmoe.model.rotary import cos_sin, inverse_frequencies, rotate
 
@@ -31,11 +32,10 @@ class Attention(nn.Module):
         self.num_kv_heads = max(1, layer.num_kv_heads // tp_size)
         self.head_dim = layer.head_dim
         self.window = layer.sliding_window
-        self.q_proj = nn.Linear(hidden_size, self.num_heads * self.head_dim, bias=False)
-        self.k_proj = nn.Linear(hidden_size, self.num_kv_heads * self.head_dim, bias=False)
-        self.v_proj = nn.Linear(hidden_size, self.num_kv_heads * self.head_dim, bias=False)
-        self.g_proj = nn.Linear(hidden_size, self.num_heads, bias=False)
-        self.o_proj = nn.Linear(self.num_heads * self.head_dim, hidden_size, bias=False)
+        query_size, kv_size = self.num_heads * self.head_dim, self.num_kv_heads * self.head_dim
+        parts = {"q_proj": query_size, "k_proj": kv_size, "v_proj": kv_size}
+        self.qkvg_proj = MergedLinear(hidden_size, parts | {"g_proj": self.num_heads})
+        self.o_proj = nn.Linear(query_size, hidden_size, bias=False)
         self.q_norm = GemmaRMSNorm(self.head_dim, eps)
         self.k_norm = GemmaRMSNorm(self.head_dim, eps)
         self._frequencies = inverse_frequencies(layer)  # not a parameter: follows from the config
@@ -54,15 +54,15 @@ class Attention(nn.Module):
         frequencies = self._frequencies.to(hidden_states.device)
         cos, sin = cos_sin(positions, frequencies, hidden_states.dtype)
 
-        query = self.q_norm(self._heads(self.q_proj(hidden_states), batch))
-        key = self.k_norm(self._heads(self.k_proj(hidden_states), batch))
-        value = self._heads(self.v_proj(hidden_states), batch)
+        projected = self.qkvg_proj(hidden_states).split(list(self.qkvg_proj.parts.values()), -1)
+        query, key, value = (self._heads(part, batch) for part in projected[:3])
+        gate = torch.sigmoid(projected[3])  # (T, H_local)
+        query, key = self.q_norm(query), self.k_norm(key)
         query, key = rotate(query, cos, sin), rotate(key, cos, sin)
         if cache is not None:
             key, value = cache.append(key, value)
 
         output = self._attend(query, key, value)
-        gate = torch.sigmoid(self.g_proj(hidden_states))  # (T, H_local)
         output = output.transpose(1, 2).reshape(-1, self.num_heads, self.head_dim) * gate[..., None]
         result: Tensor = self.o_proj(output.flatten(1))
         return result

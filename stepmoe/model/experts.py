@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
 from stepmoe.config import LayerConfig, Step3p5Config
-from stepmoe.model.mlp import clamped_swiglu, empty_parameter
+from stepmoe.model.merged import empty_parameter
+from stepmoe.model.mlp import clamped_swiglu
 from stepmoe.model.router import Router
 from stepmoe.parallel import ParallelConfig
 
@@ -27,9 +30,10 @@ class RoutedExperts(nn.Module):
         size_local = config.moe_intermediate_size // parallel.moe_tp
         self.gate = Router(config)
         self.router_bias = empty_parameter(config.num_experts)
-        self.gate_proj = GroupedLinear(experts_local, config.hidden_size, size_local)
-        self.up_proj = GroupedLinear(experts_local, config.hidden_size, size_local)
-        self.down_proj = GroupedLinear(experts_local, size_local, config.hidden_size)
+        self.gate_up_proj = GroupedLinear(
+            experts_local, config.hidden_size, {"gate_proj": size_local, "up_proj": size_local}
+        )
+        self.down_proj = GroupedLinear(experts_local, size_local, {"down_proj": config.hidden_size})
         self.first_expert = rank // parallel.moe_tp * experts_local
         self.limit = layer.swiglu_limit
 
@@ -48,7 +52,7 @@ class RoutedExperts(nn.Module):
         unwritten, and are then set to zero. Nothing here waits for the device.
         """
         num_tokens, top_k = topk_ids.shape
-        experts_local = self.gate_proj.weight.shape[0]
+        experts_local = self.gate_up_proj.weight.shape[0]
         local_ids = topk_ids.flatten() - self.first_expert
         is_local = (local_ids >= 0) & (local_ids < experts_local)
         sorted_ids, order = torch.where(is_local, local_ids, experts_local).sort(stable=True)
@@ -56,8 +60,7 @@ class RoutedExperts(nn.Module):
         offsets = torch.searchsorted(sorted_ids, ends).to(torch.int32)
 
         rows = hidden_states[order // top_k]
-        gate = self.gate_proj(rows, offsets)
-        up = self.up_proj(rows, offsets)
+        gate, up = self.gate_up_proj(rows, offsets).chunk(2, dim=-1)
         outputs = self.down_proj(clamped_swiglu(gate, up, self.limit), offsets)
 
         by_token = torch.empty_like(outputs).index_copy_(0, order, outputs)
@@ -67,11 +70,16 @@ class RoutedExperts(nn.Module):
 
 
 class GroupedLinear(nn.Module):
-    """One matrix an expert, weight (E_local, out, in), applied to rows sorted by expert."""
+    """One matrix an expert, weight (E_local, out, in), applied to rows sorted by expert.
 
-    def __init__(self, num_experts: int, in_features: int, out_features: int) -> None:
+    Args:
+        parts: the published tensors it holds and the output features of each, as in MergedLinear.
+    """
+
+    def __init__(self, num_experts: int, in_features: int, parts: Mapping[str, int]) -> None:
         super().__init__()
-        self.weight = empty_parameter(num_experts, out_features, in_features)
+        self.parts = dict(parts)
+        self.weight = empty_parameter(num_experts, sum(parts.values()), in_features)
 
     def forward(self, rows: Tensor, offsets: Tensor) -> Tensor:
         """Apply expert e to rows offsets[e-1]:offsets[e] of (R, in); offsets (E_local,) int32.

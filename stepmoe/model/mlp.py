@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
-import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+
+from stepmoe.model.merged import MergedLinear
 
 
 def clamped_swiglu(gate: Tensor, up: Tensor, limit: float | None) -> Tensor:
@@ -26,18 +27,14 @@ class GatedMLP(nn.Module):
 
     def __init__(self, hidden_size: int, size_local: int, limit: float | None) -> None:
         super().__init__()
-        self.gate_proj = nn.Linear(hidden_size, size_local, bias=False)
-        self.up_proj = nn.Linear(hidden_size, size_local, bias=False)
+        self.gate_up_proj = MergedLinear(
+            hidden_size, {"gate_proj": size_local, "up_proj": size_local}
+        )
         self.down_proj = nn.Linear(size_local, hidden_size, bias=False)
         self.limit = limit
 
     def forward(self, hidden_states: Tensor) -> Tensor:
         """(T, D) complete to (T, D) partial."""
-        gate, up = self.gate_proj(hidden_states), self.up_proj(hidden_states)
+        gate, up = self.gate_up_proj(hidden_states).chunk(2, dim=-1)
         result: Tensor = self.down_proj(clamped_swiglu(gate, up, self.limit))
         return result
-
-
-def empty_parameter(*shape: int) -> nn.Parameter:
-    """A parameter to be filled by a checkpoint or a random initialisation."""
-    return nn.Parameter(torch.empty(shape))

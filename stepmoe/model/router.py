@@ -6,7 +6,7 @@ import torch
 from torch import Tensor, nn
 
 from stepmoe.config import Step3p5Config
-from stepmoe.model.mlp import empty_parameter
+from stepmoe.model.merged import empty_parameter
 
 
 class Router(nn.Module):

@@ -7,7 +7,12 @@ from hypothesis import strategies as st
 from shapes import configs
 
 import stepmoe as sm
+from stepmoe.causal_lm import DecoderStack
+from stepmoe.comm.communicator import Communicator
+from stepmoe.comm.groups import RankGroup
+from stepmoe.model.merged import published_views
 from stepmoe.parallel import tensor_layouts
+from stepmoe.variants import layer_class
 
 
 @settings(max_examples=30, deadline=None)
@@ -28,6 +33,29 @@ def test_the_ranks_cover_every_tensor_evenly(data):
         assert count.min() == count.max() >= 1, name
         if "experts" in name or ".mlp." in name:
             assert count.max() == 1, name
+
+
+@settings(max_examples=20, deadline=None)
+@given(data=st.data())
+def test_merged_weights_show_every_published_tensor_of_the_rank(data):
+    """Each number of each parameter belongs to exactly one published tensor."""
+    tp = data.draw(st.sampled_from([1, 2, 4]))
+    config, variant = data.draw(configs(tp)), data.draw(st.sampled_from(sm.VARIANTS))
+    parallel = sm.ParallelConfig(tp, data.draw(st.sampled_from([e for e in (1, 2, 4) if e <= tp])))
+    rank = data.draw(st.integers(0, tp - 1))
+    comm = Communicator(RankGroup("tp", tuple(range(tp)), rank, None))
+    stack = DecoderStack(config, parallel, layer_class(variant), comm)
+    views = published_views(stack)
+    layouts = tensor_layouts(config, parallel, rank)
+    layouts.pop("lm_head.weight")
+    assert {f"model.{name}": tuple(view.shape) for name, view in views.items()} == {
+        name: layout.local_shape for name, layout in layouts.items()
+    }
+    for parameter in stack.parameters():
+        parameter.data.zero_()
+    for view in views.values():
+        view += 1
+    assert all(parameter.eq(1).all() for parameter in stack.parameters())
 
 
 def test_layout_of_the_published_launch():

@@ -120,7 +120,7 @@ def test_experts_as_torch_counts(tp: int, ep: int) -> None:
         experts = RoutedExperts(TINY, TINY.layer(FULL), parallel, rank).double()
         torch.nn.init.normal_(experts.gate.weight)
         experts.router_bias.data = bias
-        for linear in (experts.gate_proj, experts.up_proj, experts.down_proj):
+        for linear in (experts.gate_up_proj, experts.down_proj):
             torch.nn.init.normal_(linear.weight)
         counted += count(lambda experts=experts: experts(x))
     expected = found["router"].operations + found["routed experts"].operations

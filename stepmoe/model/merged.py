@@ -1,0 +1,59 @@
+"""Projections of the same input, merged into one matrix: one product reads the input once.
+
+The checkpoint keeps them apart. `published_views` is the one place that maps between the two: it
+names, in the published way, the part of a merged weight that belongs to each published tensor.
+Reading a checkpoint writes into these views, saving one reads from them.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+
+class MergedLinear(nn.Module):
+    """Several linear maps without bias, as one: weight (sum of the parts, in_features).
+
+    Args:
+        parts: output features of each, by the name of its module in the checkpoint, in the order in
+            which their outputs stand side by side.
+    """
+
+    def __init__(self, in_features: int, parts: Mapping[str, int]) -> None:
+        super().__init__()
+        self.parts = dict(parts)
+        self.weight = empty_parameter(sum(parts.values()), in_features)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """(..., in_features) to (..., sum of the parts)."""
+        return F.linear(x, self.weight)
+
+
+def empty_parameter(*shape: int) -> nn.Parameter:
+    """A parameter to be filled by a checkpoint or a random initialisation."""
+    return nn.Parameter(torch.empty(shape))
+
+
+def published_views(module: nn.Module) -> dict[str, Tensor]:
+    """Every parameter under its published name, as a view that shares the module's memory.
+
+    A module that has `parts` holds several published tensors, one below the other along the last
+    dim but one of its weight, and stands for modules of those names beside it:
+    "mlp.gate_up_proj.weight" becomes "mlp.gate_proj.weight" and "mlp.up_proj.weight".
+    """
+    return dict(_views(module))
+
+
+def _views(module: nn.Module) -> Iterator[tuple[str, Tensor]]:
+    for path, owner in module.named_modules():
+        parent = path.rpartition(".")[0]
+        for name, parameter in owner.named_parameters(recurse=False):
+            if parts := getattr(owner, "parts", None):
+                pieces = parameter.detach().split(list(parts.values()), dim=-2)
+                for part, piece in zip(parts, pieces, strict=True):
+                    yield ".".join(filter(None, (parent, part, name))), piece
+            else:
+                yield ".".join(filter(None, (path, name))), parameter.detach()
