@@ -44,6 +44,10 @@ def register(subparsers: argparse._SubParsersAction[argparse.ArgumentParser]) ->
     add("--tp", type=int, help=f"ranks (default: torchrun's, else {_RANKS})")
     add("--ep", type=int, default=1, help="expert groups; divides tp (default: 1)")
     add("--attention", default="tp", choices=("tp", "dp"))
+    only = "run this rank's share alone in one process, nothing sent: one rank's compute of --tp"
+    add("--simulate-rank", type=int, metavar="R", help=only)
+    some = "only these decoder layers of the shape (default: all)"
+    add("--layers", nargs="+", type=int, metavar="N", help=some)
     names = f"all, or some of {', '.join(VARIANTS)}"
     add("--variants", nargs="+", default=["all"], metavar="NAME", help=names)
     add("--tokens", nargs="+", type=int, default=[1, 64, 1024], metavar="N")
@@ -76,15 +80,18 @@ def _run(args: argparse.Namespace) -> int:
 def _checked(args: argparse.Namespace) -> dict[str, Any]:
     """The arguments of compare_latency; ConfigError for what is wrong before any rank starts."""
     config = _SHAPES[args.shape]() if args.shape in _SHAPES else _from_folder(args.shape)
+    if args.layers is not None:
+        config = config.with_layers(*args.layers)
     there = _torchrun_ranks()
     tp = args.tp if args.tp is not None else there or _RANKS
-    if there not in (None, tp):
+    parallel = ParallelConfig(tp, args.ep, args.attention, args.simulate_rank)
+    if args.simulate_rank is None and there not in (None, tp):
         raise ConfigError(f"--tp {tp}: torchrun started {there} ranks; leave --tp out")
     arguments = {
         "config": config,
         "variants": list(VARIANTS) if args.variants == ["all"] else args.variants,
         "tokens": args.tokens,
-        "parallel": ParallelConfig(tp, args.ep, args.attention),
+        "parallel": parallel,
         "phases": args.phase,
         "repeats": args.repeats,
         "warmup": args.warmup,
@@ -115,7 +122,7 @@ def _check_memory(plan: Plan, device: str) -> None:
     """Raise ConfigError where the weights alone do not fit: the system would kill the ranks."""
     layouts = tensor_layouts(plan.config, plan.parallel, 0).values()
     weights = sum(math.prod(layout.local_shape) for layout in layouts) * plan.dtype.itemsize
-    here = int(os.environ.get("LOCAL_WORLD_SIZE", plan.parallel.tp))
+    here = int(os.environ.get("LOCAL_WORLD_SIZE", plan.parallel.processes))
     gpus = torch.cuda.device_count() if device != "cpu" else 0
     if gpus:
         there = torch.cuda.get_device_properties(0).total_memory
@@ -146,11 +153,12 @@ def _say(error: Exception, status: int) -> int:
 
 
 def _measure(arguments: dict[str, Any], device: str) -> pd.DataFrame:
-    """In torchrun's ranks, or in new ones."""
+    """In torchrun's ranks, in new ones, or, for a simulated rank, in this process."""
     from stepmoe.measure import compare_latency
 
-    if _torchrun_ranks() is None:
-        with Ranks(arguments["parallel"].tp, device=device) as ranks:
+    parallel = arguments["parallel"]
+    if _torchrun_ranks() is None and parallel.simulate_rank is None:
+        with Ranks(parallel.tp, device=device) as ranks:
             return compare_latency(ranks=ranks, **arguments)
     init_distributed(device)
     try:
@@ -190,6 +198,10 @@ def _command(args: argparse.Namespace, arguments: dict[str, Any]) -> str:
         "warmup": [args.warmup],
         "seed": [args.seed],
     }
+    if args.simulate_rank is not None:
+        options["simulate-rank"] = [args.simulate_rank]
+    if args.layers is not None:
+        options["layers"] = args.layers
     for name, values in options.items():
         words += [f"--{name}", *map(str, values)]
     return shlex.join(words)

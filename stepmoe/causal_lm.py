@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from stepmoe.capture import Capture
-from stepmoe.checkpoint import Checkpoint, random_tensor
+from stepmoe.checkpoint import Checkpoint, random_part, random_tensor
 from stepmoe.checks import check_config_type, check_dtype, check_generate, check_input, check_model
 from stepmoe.comm.communicator import Communicator
 from stepmoe.comm.groups import build_groups, world_size
@@ -54,7 +54,8 @@ class DecoderStack(nn.Module):
 class Step3p5ForCausalLM(nn.Module):
     """One rank's share of a Step-3.5 model. Make it with `from_pretrained` or `from_config`.
 
-    Every rank of the group calls the model with the same input_ids and gets the same logits.
+    Every rank of the group calls the model with the same input_ids and gets the same logits. With
+    ParallelConfig(simulate_rank=...) one rank runs alone; its logits are not the model's.
     """
 
     def __init__(
@@ -111,10 +112,14 @@ class Step3p5ForCausalLM(nn.Module):
         """The same with random weights: one seed gives the same model however it is cut.
 
         Every rank draws each whole tensor in float32 on the CPU before it takes its slice: made for
-        small shapes. A stacked expert tensor of Step3p5Config.flash() takes 6 GB.
+        small shapes. A stacked expert tensor of Step3p5Config.flash() takes 6 GB. A simulated rank
+        (ParallelConfig.simulate_rank) draws its slices only, on its device.
         """
+        where = torch.device(device) if device is not None else rank_device()
 
         def source(name: str, layout: TensorLayout) -> Tensor:
+            if parallel is not None and parallel.simulate_rank is not None:
+                return random_part(name, layout, seed, where)
             return random_tensor(name, layout, seed)
 
         return cls._filled(config, source, variant, parallel, dtype, device)

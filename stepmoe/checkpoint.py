@@ -130,11 +130,25 @@ def random_tensor(name: str, layout: TensorLayout, seed: int) -> Tensor:
     """
     generator = torch.Generator().manual_seed(hash_name(f"{seed}:{name}"))
     full = torch.randn(layout.shape, generator=generator)
+    return full[layout.slices].mul_(_scale(name, layout))
+
+
+def random_part(name: str, layout: TensorLayout, seed: int, device: torch.device) -> Tensor:
+    """The same for a rank that is simulated alone: its slice only, drawn on the device.
+
+    One seed gives one tensor for each slice (and kind of device), of the same distribution as
+    `random_tensor`, but with other values: no whole tensor exists of which it is a part.
+    """
+    seed = hash_name(f"{seed}:{name}:{layout.slices}")
+    generator = torch.Generator(device).manual_seed(seed)
+    part = torch.randn(layout.local_shape, generator=generator, device=device)
+    return part.mul_(_scale(name, layout))
+
+
+def _scale(name: str, layout: TensorLayout) -> float:
     if len(layout.shape) == 1:
-        scale = 0.1
-    else:
-        scale = 1.0 if "embed_tokens" in name else layout.shape[-1] ** -0.5
-    return full[layout.slices].mul_(scale)
+        return 0.1
+    return 1.0 if "embed_tokens" in name else layout.shape[-1] ** -0.5
 
 
 def hash_name(text: str) -> int:

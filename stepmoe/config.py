@@ -119,6 +119,24 @@ class Step3p5Config:
         """A copy with some fields changed, checked like a new one."""
         return replace(self, **changes)
 
+    def with_layers(self, *indices: int) -> Step3p5Config:
+        """A shallower model of these layers, in this order: one MoE layer of the published shape
+        is `Step3p5Config.flash().with_layers(4)`."""
+        kept = [self.layer(index) for index in indices]
+
+        def pick(per_layer: tuple[Any, ...]) -> tuple[Any, ...]:
+            return tuple(per_layer[layer.index] for layer in kept)
+
+        return self.replace(
+            num_hidden_layers=len(kept),
+            layer_types=pick(self.layer_types),
+            rope_theta=pick(self.rope_theta),
+            partial_rotary_factors=pick(self.partial_rotary_factors),
+            moe_layers=tuple(new for new, layer in enumerate(kept) if layer.is_moe),
+            swiglu_limits=pick(self.swiglu_limits),
+            swiglu_limits_shared=pick(self.swiglu_limits_shared),
+        )
+
     @classmethod
     def flash(cls) -> Step3p5Config:
         """Step-3.5-Flash as published: 196 B parameters, 11 B active, 45 layers, 288 experts."""

@@ -25,6 +25,9 @@ class ParallelConfig:
         ep: expert groups; divides tp. Each expert is cut tp / ep ways.
         attention: "tp" cuts the heads over the ranks; "dp" gives every rank whole heads and its own
             sequences (data-parallel attention), so attention needs no sum.
+        simulate_rank: build and run this rank's share alone, in one process, its collectives
+            recorded but not sent: measures one rank's compute and counts what it would send. Its
+            logits are not the model's, because the other ranks' parts of every sum are missing.
 
     Raises:
         ConfigError: names the numbers that do not fit.
@@ -33,6 +36,7 @@ class ParallelConfig:
     tp: int = 1
     ep: int = 1
     attention: Literal["tp", "dp"] = "tp"
+    simulate_rank: int | None = None
 
     def __post_init__(self) -> None:
         for name, value in (("tp", self.tp), ("ep", self.ep)):
@@ -45,6 +49,17 @@ class ParallelConfig:
             )
         if self.attention not in ("tp", "dp"):
             raise ConfigError(f"attention must be 'tp' or 'dp', got {self.attention!r}")
+        rank = self.simulate_rank
+        if rank is not None and (type(rank) is not int or not 0 <= rank < self.tp):
+            raise ConfigError(
+                f"simulate_rank must be a whole number from 0 to tp - 1 = {self.tp - 1}, "
+                f"got {rank!r}"
+            )
+
+    @property
+    def processes(self) -> int:
+        """Processes that run the model: one a rank, and one alone for a simulated rank."""
+        return self.tp if self.simulate_rank is None else 1
 
     @property
     def moe_tp(self) -> int:

@@ -7,20 +7,16 @@ of one addend is complete.
 
 from __future__ import annotations
 
-import torch.distributed as dist
 import torch.nn.functional as F
 from torch import Tensor
 
-from stepmoe.comm.fusion import choose
+from stepmoe.comm import wire
+from stepmoe.comm.fusion import Choice, choose
 from stepmoe.comm.groups import RankGroup
 from stepmoe.comm.ledger import Entry, record
 from stepmoe.comm.placement import PARTIAL, REPLICATE, TOKEN_SHARD, Placed
 from stepmoe.errors import PlacementError
 from stepmoe.kernels.norm import add_gemma_rms_norm
-
-# torch 2.13 renamed these two and warns of the old names; 2.11 has only the old ones.
-_all_gather = getattr(dist, "all_gather_single", None) or dist.all_gather_into_tensor
-_reduce_scatter = getattr(dist, "reduce_scatter_single", None) or dist.reduce_scatter_tensor
 
 
 class Communicator:
@@ -28,6 +24,7 @@ class Communicator:
 
     def __init__(self, group: RankGroup) -> None:
         self.group = group
+        self._simulated = _simulation(group) if group.simulated else None
 
     def replicated(self, tensor: Tensor, name: str, layer: int | None = None) -> Placed:
         """Declare that every rank holds this same (T, D) tensor."""
@@ -54,7 +51,7 @@ class Communicator:
         if self.group.size > 1:
             entry = self._entry("all_reduce", done, partial.tensor, site)
             with record(entry, partial.tensor.device, self.group):
-                dist.all_reduce(partial.tensor, group=self.group.process_group)
+                wire.all_reduce(partial.tensor, self.group)
         return done
 
     def reduce_scatter(self, partial: Placed, tokens_per_rank: int, site: str) -> Placed:
@@ -71,7 +68,7 @@ class Communicator:
         done = partial.with_(own, TOKEN_SHARD)
         entry = self._entry("reduce_scatter", done, padded, site)
         with record(entry, padded.device, self.group):
-            _reduce_scatter(own, padded, group=self.group.process_group)
+            wire.reduce_scatter(own, padded, self.group)
         return done
 
     def all_gather(self, shard: Placed, site: str) -> Placed:
@@ -90,7 +87,7 @@ class Communicator:
         done = shard.with_(every[: shard.num_tokens], REPLICATE)
         entry = self._entry("all_gather", done, every, site)
         with record(entry, own.device, self.group):
-            _all_gather(every, own, group=self.group.process_group)
+            wire.all_gather(every, own, self.group)
         return done
 
     def all_reduce_add_rms_norm(
@@ -106,12 +103,14 @@ class Communicator:
         tensor = partial.tensor
         done = partial.with_(tensor, REPLICATE)
         partial.spent = True
-        choice = choose(tensor.shape[0], tensor.shape[1], tensor.dtype, tensor.device)
+        choice = self._simulated or choose(
+            tensor.shape[0], tensor.shape[1], tensor.dtype, tensor.device
+        )
         entry = self._entry("all_reduce_add_rms_norm", done, tensor, site)
         entry.implementation, entry.reason = choice.implementation, choice.reason
         with record(entry, tensor.device, self.group):
             if self.group.size > 1:
-                dist.all_reduce(tensor, group=self.group.process_group)
+                wire.all_reduce(tensor, self.group)
             normed, total = add_gemma_rms_norm(tensor, residual.tensor, weight, eps)
         return done.with_(normed, name="hidden_states"), residual.with_(total)
 
@@ -141,6 +140,7 @@ class Communicator:
 
     def _entry(self, op: str, done: Placed, wire: Tensor, site: str) -> Entry:
         """Ledger entry: `wire` is the whole tensor that crosses the group."""
+        choice = self._simulated or Choice("", "")
         return Entry(
             op=op,
             kind="collective" if self.group.size > 1 else "local",
@@ -153,7 +153,18 @@ class Communicator:
             bytes=wire.numel() * wire.element_size(),
             tensor=done.name,
             placement=type(done.placement).__name__,
+            implementation=choice.implementation,
+            reason=choice.reason,
         )
+
+
+def _simulation(group: RankGroup) -> Choice:
+    """What the ledger says of every collective of a simulated rank."""
+    return Choice(
+        "simulated",
+        f"rank {group.index} of {group.size} runs alone and nothing was sent: sizes and "
+        "computation are a real rank's, values are not the model's",
+    )
 
 
 def _pad(tensor: Tensor, num_tokens: int) -> Tensor:

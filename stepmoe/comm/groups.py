@@ -11,6 +11,8 @@ import torch.distributed as dist
 from stepmoe.errors import ConfigError
 from stepmoe.parallel import ParallelConfig
 
+_NAMES = ("tp", "moe_tp", "ep")
+
 
 @dataclass(frozen=True)
 class RankGroup:
@@ -21,12 +23,14 @@ class RankGroup:
         ranks: their numbers within the torch.distributed world, in group order.
         index: the position of this process in `ranks`.
         process_group: the torch.distributed group; None where there is nobody to talk to.
+        simulated: the other ranks do not exist (ParallelConfig.simulate_rank).
     """
 
     name: str = field(compare=False)
     ranks: tuple[int, ...]
     index: int = 0
     process_group: dist.ProcessGroup | None = field(default=None, compare=False, repr=False)
+    simulated: bool = False
 
     @property
     def size(self) -> int:
@@ -46,7 +50,7 @@ def meet(group: RankGroup, device: torch.device) -> None:
 
     On a GPU under NCCL it is the GPU that waits, in the order of its stream; the host goes on.
     """
-    if group.size > 1:
+    if group.size > 1 and not group.simulated:
         dist.all_reduce(torch.zeros(1, device=device), group=group.process_group)
 
 
@@ -54,11 +58,14 @@ def build_groups(parallel: ParallelConfig) -> dict[str, RankGroup]:
     """The groups of this process: "tp", and within it "moe_tp" and "ep".
 
     With more ranks than tp, every tp consecutive ranks are one replica of the model. Every rank of
-    the job must call this together, as torch.distributed demands of new groups.
+    the job must call this together, as torch.distributed demands of new groups. A simulated rank
+    needs nobody: its peers are numbers.
 
     Raises:
         ConfigError: the job's rank count is not a multiple of tp; no rank waits for another.
     """
+    if (alone := parallel.simulate_rank) is not None:
+        return {name: _simulated_group(name, parallel, alone) for name in _NAMES}
     world = world_size()
     if world % parallel.tp:
         raise ConfigError(
@@ -67,9 +74,13 @@ def build_groups(parallel: ParallelConfig) -> dict[str, RankGroup]:
         )
     rank = dist.get_rank() if dist.is_initialized() else 0
     return {
-        name: _own_group(name, _all_groups(name, parallel, world), rank, world)
-        for name in ("tp", "moe_tp", "ep")
+        name: _own_group(name, _all_groups(name, parallel, world), rank, world) for name in _NAMES
     }
+
+
+def _simulated_group(name: str, parallel: ParallelConfig, rank: int) -> RankGroup:
+    ranks = next(group for group in _all_groups(name, parallel, parallel.tp) if rank in group)
+    return RankGroup(name, ranks, ranks.index(rank), simulated=True)
 
 
 def _all_groups(name: str, parallel: ParallelConfig, world: int) -> list[tuple[int, ...]]:

@@ -68,7 +68,8 @@ def compare_latency(
     Args:
         variants: names of sm.VARIANTS, or DecoderLayer subclasses.
         tokens: new tokens of a step.
-        parallel: None means tp over all ranks. tp must be the number of ranks.
+        parallel: None means tp over all ranks. tp must be the number of ranks, unless
+            simulate_rank has one rank run alone.
         ranks: where to run; None means this process and, under torchrun, its peers.
         phases: "prefill" and "decode".
         repeats: rounds, at least 6; warmup: rounds before them that do not count.
@@ -93,6 +94,13 @@ def ranks_in(ranks: Ranks | None) -> int:
 def check_world(parallel: ParallelConfig, ranks: Ranks | None) -> None:
     """Raise ConfigError unless tp takes all ranks: a second copy would compete for the machine."""
     there = ranks_in(ranks)
+    if parallel.simulate_rank is not None:
+        if there > 1:
+            raise ConfigError(
+                f"simulate_rank={parallel.simulate_rank} runs alone, and there are {there} ranks "
+                "that would compete for the machine: leave ranks out"
+            )
+        return
     if there != parallel.tp:
         raise ConfigError(
             f"tp={parallel.tp} and {there} rank{'s' if there > 1 else ''}: measuring needs as many "
