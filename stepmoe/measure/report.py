@@ -119,7 +119,8 @@ def aligned(lines: Sequence[tuple[str, ...]]) -> str:
 def _notes(frame: pd.DataFrame) -> str:
     attrs = frame.attrs
     rounds, added = frame["repeats"].min(), frame["split_overhead"]
-    parallel = ", ".join(f"{name}={value}" for name, value in attrs["parallel"].items())
+    given = {name: value for name, value in attrs["parallel"].items() if value is not None}
+    parallel = ", ".join(f"{name}={value}" for name, value in given.items())
     versions = ", ".join(f"{name} {value}" for name, value in attrs["versions"].items())
     small = [f"{i['phase']} {i['tokens']}" for i in attrs["inputs"] if not i["exceed_cache"]]
     cache = f"{attrs['hardware']['last_level_cache'] / 2**20:.0f} MiB"

@@ -111,7 +111,7 @@ def test_attributes_say_what_it_was_measured_on(frame):
     assert attrs["hardware"]["cpu"] == "A CPU"
     assert attrs["versions"] == PLACE.versions
     assert (attrs["dtype"], attrs["seed"], attrs["recorded"]) == ("float32", 0, False)
-    assert attrs["parallel"] == {"tp": 2, "ep": 1, "attention": "tp"}
+    assert attrs["parallel"] == sm.ParallelConfig(2).__dict__
     assert attrs["config"]["num_experts"] == 16
     assert "compare_latency(config, ['three_all_reduces'" in attrs["command"]
     assert attrs["order"][1] == [*sm.VARIANTS[1:], "three_all_reduces"]
