@@ -1,14 +1,18 @@
-"""Translate the published config.json of Step-3.5 into the fields of Step3p5Config.
+"""Translate the published config.json of Step-3.5 into the fields of Step3p5Config, and back.
 
 Kept apart from config.py because it is the only place that knows the published spelling.
 """
 
 from __future__ import annotations
 
-from typing import Any
+from dataclasses import asdict
+from typing import TYPE_CHECKING, Any
 
 from stepmoe.config import RopeScaling
 from stepmoe.errors import ConfigError
+
+if TYPE_CHECKING:
+    from stepmoe.config import Step3p5Config
 
 # Settings that every published Step-3.5 model shares. Another value means another model, and
 # running it as if it were this one would be silently wrong.
@@ -151,4 +155,46 @@ def _rope_scaling(published: dict[str, Any]) -> dict[str, Any]:
             high_freq_factor=float(scaling["high_freq_factor"]),
         ),
         "rope_scaling_layer_types": layer_types,
+    }
+
+
+def publish(config: Step3p5Config) -> dict[str, Any]:
+    """The published config.json of a shape: what `parse` reads back as the same shape."""
+    scaling = config.rope_scaling
+    return {
+        "architectures": ["Step3p5ForCausalLM"],
+        **{name: allowed[0] for name, allowed in _FIXED.items()},
+        "hidden_size": config.hidden_size,
+        "intermediate_size": config.intermediate_size,
+        "num_hidden_layers": config.num_hidden_layers,
+        "vocab_size": config.vocab_size,
+        "head_dim": config.head_dim,
+        "num_attention_heads": config.num_attention_heads,
+        "num_attention_groups": config.num_key_value_heads,
+        "attention_other_setting": {
+            "attention_type": "sliding_attention",
+            "num_attention_heads": config.num_attention_heads_sliding,
+            "num_attention_groups": config.num_key_value_heads,
+            "head_dim": config.head_dim,
+        },
+        "layer_types": list(config.layer_types),
+        "sliding_window": config.sliding_window,
+        "rope_theta": list(config.rope_theta),
+        "partial_rotary_factors": list(config.partial_rotary_factors),
+        "rope_scaling": None if scaling is None else {"rope_type": "llama3", **asdict(scaling)},
+        "yarn_only_types": list(config.rope_scaling_layer_types),
+        "moe_layers_enum": ",".join(map(str, config.moe_layers)),
+        "moe_num_experts": config.num_experts,
+        "moe_top_k": config.num_experts_per_tok,
+        "moe_intermediate_size": config.moe_intermediate_size,
+        "share_expert_dim": config.share_expert_dim,
+        "moe_router_scaling_factor": config.router_scaling_factor,
+        "norm_expert_weight": config.norm_topk_prob,
+        "swiglu_limits": [limit or 0.0 for limit in config.swiglu_limits],
+        "swiglu_limits_shared": [limit or 0.0 for limit in config.swiglu_limits_shared],
+        "rms_norm_eps": config.rms_norm_eps,
+        "max_position_embeddings": config.max_position_embeddings,
+        "bos_token_id": config.bos_token_id,
+        "eos_token_id": list(config.eos_token_ids) or None,
+        "torch_dtype": config.torch_dtype,
     }

@@ -124,7 +124,8 @@ def moe(config: Step3p5Config, layer: LayerConfig, own: dict[str, Tensor], x: Te
     for t, token in enumerate(x):
         scores = 1 / (1 + torch.exp(-(own["moe.gate.weight"] @ token)))
         chosen = sorted(
-            range(config.num_experts), key=lambda e: -float(scores[e] + own["moe.router_bias"][e])
+            range(config.num_experts),
+            key=lambda e: -float((scores[e] + own["moe.router_bias"][e]).detach()),
         )[: config.num_experts_per_tok]
         total = sum(scores[e] for e in chosen) if config.norm_topk_prob else 1.0
         for e in chosen:

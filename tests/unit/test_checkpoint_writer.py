@@ -1,0 +1,60 @@
+"""What is written in the published layout is read back as the same model."""
+
+import json
+
+import pytest
+import torch
+from safetensors.torch import load_file
+
+import stepmoe as sm
+from stepmoe.checkpoint_writer import save_pretrained
+from stepmoe.mini import config as mini_config
+from stepmoe.parallel import tensor_layouts
+from stepmoe.published_config import publish
+
+PRESETS = [sm.Step3p5Config.tiny(), sm.Step3p5Config.flash(), mini_config()]
+UNUSUAL = {
+    "rope_scaling": None,
+    "rope_scaling_layer_types": (),
+    "norm_topk_prob": False,
+    "router_scaling_factor": 1.5,
+    "bos_token_id": 3,
+    "eos_token_ids": (1, 2),
+    "moe_layers": (),
+    "torch_dtype": "float16",
+    "rms_norm_eps": 1e-6,
+}
+
+
+@pytest.mark.parametrize("config", [*PRESETS, sm.Step3p5Config.tiny().replace(**UNUSUAL)])
+def test_a_published_config_reads_back(config):
+    assert sm.Step3p5Config.from_dict(json.loads(json.dumps(publish(config)))) == config
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_a_written_model_reads_back(tmp_path, dtype):
+    config = sm.Step3p5Config.tiny()
+    model = sm.Step3p5ForCausalLM.from_config(config, dtype=dtype, seed=torch.seed() % 1000)
+    save_pretrained(model, tmp_path / "new" / "folder")
+    again = sm.Step3p5ForCausalLM.from_pretrained(tmp_path / "new" / "folder")
+    assert again.lm_head.weight.dtype == dtype
+    assert again.config == config.replace(torch_dtype=str(dtype).removeprefix("torch."))
+    ids = torch.randint(config.vocab_size, (2, 7))
+    assert torch.equal(again(ids), model(ids))  # the same weights, bit for bit
+
+
+def test_the_names_and_shapes_are_the_published_ones(tmp_path):
+    config = sm.Step3p5Config.tiny()
+    save_pretrained(sm.Step3p5ForCausalLM.from_config(config), tmp_path)
+    found = {n: tuple(t.shape) for n, t in load_file(tmp_path / "model.safetensors").items()}
+    layouts = tensor_layouts(config, sm.ParallelConfig(), 0)
+    assert found == {name: layout.shape for name, layout in layouts.items()}
+
+
+def test_a_share_of_a_model_is_not_written(tmp_path):
+    share = sm.Step3p5ForCausalLM.from_config(
+        sm.Step3p5Config.tiny(), parallel=sm.ParallelConfig(2, simulate_rank=1)
+    )
+    with pytest.raises(sm.CheckpointError, match="one rank's share of tp=2"):
+        save_pretrained(share, tmp_path)
+    assert not list(tmp_path.iterdir())
