@@ -1,8 +1,24 @@
-"""Measure: latency of the variants, where the time goes, and what the profiler sees."""
+"""Measure: latency of the variants, accuracy of their answers, numerical error, and how sure it is.
 
+`stats` holds the statistics of accuracy.
+"""
+
+from stepmoe.measure.accuracy import compare_accuracy, outcomes_of, paired
 from stepmoe.measure.latency import compare_latency
 from stepmoe.measure.report import table
 from stepmoe.measure.store import load, save
+from stepmoe.measure.task import word_problems
 from stepmoe.measure.timeline import Profile, profile
 
-__all__ = ["Profile", "compare_latency", "load", "profile", "save", "table"]
+__all__ = [
+    "Profile",
+    "compare_accuracy",
+    "compare_latency",
+    "load",
+    "outcomes_of",
+    "paired",
+    "profile",
+    "save",
+    "table",
+    "word_problems",
+]

@@ -93,7 +93,7 @@ class Plan:
             for phase in _phases(phases)
             for count in _tokens(tokens, config, phases)
         )
-        return cls(config, _variants(variants), cases, parallel, repeats, warmup, dtype, seed)
+        return cls(config, named_layers(variants), cases, parallel, repeats, warmup, dtype, seed)
 
     def order(self, turn: int) -> list[str]:
         """The variants in the order of round number `turn`: A B C D, then B C D A, ..."""
@@ -106,9 +106,10 @@ def _is_whole(value: object) -> bool:
     return isinstance(value, int) and not isinstance(value, bool)
 
 
-def _variants(
+def named_layers(
     given: Sequence[str | type[DecoderLayer]],
 ) -> dict[str, type[DecoderLayer]]:
+    """Variants by name; ConfigError for none, an unknown one, or two of one name."""
     if isinstance(given, (str, type)):
         raise ConfigError(f"variants={given!r}: give a list, [{given!r}]")
     named = {v if isinstance(v, str) else v.__name__: layer_class(v) for v in given}

@@ -81,6 +81,46 @@ def table(frame: pd.DataFrame) -> str:
     return "\n\n".join([*blocks, _notes(frame)])
 
 
+def accuracy_table(frame: pd.DataFrame) -> str:
+    """What `compare_accuracy` returned, for a terminal, and what it was measured on.
+
+    Raises:
+        ConfigError: another kind of frame.
+    """
+    check_frame(frame, "accuracy")
+    head: tuple[str, ...] = (
+        "",
+        "right",
+        "invalid",
+        "accuracy",
+        "95 % interval",
+        "seconds",
+        "ranks",
+    )
+    lines = [
+        (
+            row["variant"],
+            f"{row['right']} of {row['questions']}",
+            str(row["invalid"]),
+            f"{row['accuracy']:.3f}",
+            f"{row['low']:.3f} to {row['high']:.3f}",
+            f"{row['seconds']:.1f}",
+            "agree" if row["ranks_agree"] else "DISAGREE",
+        )
+        for row in frame.to_dict("records")
+    ]
+    attrs = frame.attrs
+    parallel = ", ".join(f"{name}={value}" for name, value in attrs["parallel"].items())
+    versions = ", ".join(f"{name} {value}" for name, value in attrs["versions"].items())
+    notes = [
+        provenance(attrs),
+        f"{parallel}; {versions}; {attrs['date']}",
+        f"{attrs['questions']} {attrs['task']}, greedy, in batches of {attrs['batch_size']}; "
+        "intervals: Wilson.",
+    ]
+    return "\n".join([aligned([head, *lines]), "", *notes])
+
+
 def _described(row: dict[str, Any]) -> str:
     cached = f", {row['context']} cached each" if row["context"] else ""
     return f"{title_of(row)} ({row['batch']} x {row['length']} new{cached})"

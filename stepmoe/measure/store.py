@@ -1,5 +1,7 @@
 """Measurements in files: JSON that pandas alone can read, with everything that belongs to them.
 
+A file holds one kind of measurement, latency or accuracy, told by its columns.
+
     pandas.read_json("notebooks/results/latency.json", orient="table")
 
 gives the rows; `load` gives back the attributes as well, and every digit.
@@ -17,17 +19,23 @@ from stepmoe.errors import ConfigError
 if TYPE_CHECKING:
     import pandas as pd
 
-FORMAT = "stepmoe latency 1"
-_NEEDED = ("variant", "tokens", "phase", "median", "p10", "p90", "verdict", "counts")
+# What a file of each kind calls itself, and the columns it has at least.
+FORMATS = {"latency": "stepmoe latency 1", "accuracy": "stepmoe accuracy 1"}
+_NEEDED = {
+    "latency": ("variant", "tokens", "phase", "median", "p10", "p90", "verdict", "counts"),
+    "accuracy": ("variant", "dtype", "questions", "right", "low", "high", "marks", "answers"),
+}
 
 
 def save(frame: pd.DataFrame, path: str | Path) -> None:
-    """Write what `compare_latency` returned; by convention under notebooks/results/.
+    """Write what `compare_latency` or `compare_accuracy` returned; by convention under
+    notebooks/results/.
 
     Raises:
         ConfigError: another kind of frame, or no such folder.
     """
-    check_frame(frame)
+    kind = "accuracy" if "marks" in getattr(frame, "columns", ()) else "latency"
+    check_frame(frame, kind)
     file = Path(path)
     if not file.parent.is_dir():
         raise ConfigError(f"{file}: there is no folder {file.parent}; make it first")
@@ -36,7 +44,7 @@ def save(frame: pd.DataFrame, path: str | Path) -> None:
         for row in frame.to_dict("records")
     ]
     schema = json.loads(frame.head(0).to_json(orient="table", index=False))["schema"]
-    content = {"format": FORMAT, "attrs": frame.attrs, "schema": schema, "data": rows}
+    content = {"format": FORMATS[kind], "attrs": frame.attrs, "schema": schema, "data": rows}
     file.write_text(json.dumps(content, indent=1, allow_nan=False) + "\n")
 
 
@@ -56,27 +64,30 @@ def load(path: str | Path) -> pd.DataFrame:
     except ValueError as error:
         raise ConfigError(f"{file} is not JSON: {error}") from error
     found = content.get("format") if isinstance(content, dict) else None
-    if found != FORMAT:
+    kind = next((kind for kind, name in FORMATS.items() if name == found), None)
+    if kind is None:
         raise ConfigError(
-            f"{file} holds no measurement of latency: its format is {found!r}, wanted {FORMAT!r}. "
-            "Give a file that stepmoe.measure.save or `python -m stepmoe bench --json` wrote"
+            f"{file} holds no measurement: its format is {found!r}, wanted "
+            f"{' or '.join(map(repr, FORMATS.values()))}. Give a file that stepmoe.measure.save, "
+            "or `python -m stepmoe` bench or accuracy with --json, wrote"
         )
     try:
         columns = [field["name"] for field in content["schema"]["fields"]]
         kinds = {f["name"]: float for f in content["schema"]["fields"] if f["type"] == "number"}
         frame = pd.DataFrame(content["data"], columns=columns).astype(kinds)
         frame.attrs = {**content["attrs"], "recorded": True}
-        return check_frame(frame)
+        return check_frame(frame, kind)
     except (KeyError, TypeError, ValueError) as error:
         raise ConfigError(f"{file} is damaged: {type(error).__name__}: {error}") from error
 
 
-def check_frame(frame: pd.DataFrame) -> pd.DataFrame:
-    """The frame, if it is one of `compare_latency`'s: rows can be left out, columns cannot."""
-    missing = [name for name in _NEEDED if name not in getattr(frame, "columns", ())]
+def check_frame(frame: pd.DataFrame, kind: str = "latency") -> pd.DataFrame:
+    """The frame, if it is one of `compare_latency`'s or, with kind "accuracy", of
+    `compare_accuracy`'s: rows can be left out, columns cannot."""
+    missing = [name for name in _NEEDED[kind] if name not in getattr(frame, "columns", ())]
     if missing or "hardware" not in frame.attrs:
         raise ConfigError(
-            f"{type(frame).__name__} is not what compare_latency returned: it lacks "
+            f"{type(frame).__name__} is not what compare_{kind} returned: it lacks "
             + (f"the columns {', '.join(missing)}" if missing else "its attrs")
         )
     if not len(frame):

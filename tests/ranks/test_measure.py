@@ -205,10 +205,10 @@ def test_bench(tmp_path: Path, launcher):
     ],
 )
 def test_bench_names_a_bad_argument_and_starts_nothing(arguments, named, capsys, monkeypatch):
-    from stepmoe import bench as module
+    from stepmoe import command
     from stepmoe.__main__ import main
 
-    monkeypatch.setattr(module, "Ranks", None)  # starting them would fail
+    monkeypatch.setattr(command, "Ranks", None)  # starting them would fail
     assert main(["bench", "--device", "cpu", *arguments]) == 2
     assert named in capsys.readouterr().err
 

@@ -1,0 +1,117 @@
+"""What each rank does to answer questions, and where its time goes."""
+
+from __future__ import annotations
+
+import time
+from dataclasses import dataclass
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from stepmoe.causal_lm import Step3p5ForCausalLM
+from stepmoe.comm.groups import meet
+from stepmoe.comm.ledger import Ledger
+from stepmoe.launch import progress, rank_device
+from stepmoe.measure.environment import Place, look_around
+from stepmoe.measure.source import Source, load
+from stepmoe.parallel import ParallelConfig
+from stepmoe.variants import DecoderLayer
+
+BATCH_SIZE = 128
+
+
+@dataclass(frozen=True)
+class Answers:
+    """One rank's run. `completions` (questions, max_new_tokens) int64 on the CPU."""
+
+    completions: Tensor
+    seconds: float
+    place: Place
+
+
+def answer(
+    model: Step3p5ForCausalLM,
+    prompts: Tensor,
+    max_new_tokens: int,
+    batch_size: int = BATCH_SIZE,
+    desc: str = "",
+) -> Tensor:
+    """What a model adds to each prompt: greedy, in batches, with a progress bar.
+
+    Runs inside a rank; every rank of the model calls it with the same.
+
+    Args:
+        prompts: (questions, length) int64.
+        desc: shown before the bar.
+
+    Returns:
+        (questions, max_new_tokens) int64 on the CPU, filled up with the end of sequence.
+    """
+    length, fill = prompts.shape[1], (*model.config.eos_token_ids, 0)[0]
+    found = []
+    for batch in progress(prompts.split(batch_size), desc=desc):
+        new = model.generate(batch, max_new_tokens)[:, length:].cpu()
+        found.append(F.pad(new, (0, max_new_tokens - new.shape[1]), value=fill))
+    return torch.cat(found)
+
+
+def answer_here(
+    setting: tuple[Source, type[DecoderLayer], ParallelConfig, torch.dtype],
+    asked: tuple[Tensor, int, int, str],
+) -> Answers:
+    """In a rank: build, answer, time."""
+    model = load(*setting)
+    device = rank_device()
+    meet(model.comm.group, device)
+    start = time.perf_counter()
+    completions = answer(model, *asked)
+    return Answers(completions, time.perf_counter() - start, look_around(device))
+
+
+@dataclass(frozen=True)
+class Spent:
+    """Seconds that one rank took for one batch of questions; waiting counts as collectives."""
+
+    prefill: float
+    prefill_collectives: float
+    decode: float
+    decode_collectives: float
+    steps: int
+
+    def __str__(self) -> str:
+        return (
+            f"prefill {self.prefill:.2f} s ({self.prefill_collectives:.2f} in collectives), "
+            f"{self.steps} decode steps {self.decode:.2f} s ({self.decode_collectives:.2f})"
+        )
+
+
+def where_time_goes(
+    source: Source,
+    variant: str | type[DecoderLayer],
+    parallel: ParallelConfig,
+    prompts: Tensor,
+    max_new_tokens: int,
+) -> Spent:
+    """Split the time of one batch between prompts and new tokens, computing and collectives.
+
+    Runs inside a rank. The prompts (batch, length) are answered twice, the first time up to one
+    token, with a ledger open, which costs some time itself.
+    """
+    model = load(source, variant, parallel)
+    model.generate(prompts[:1], 2)  # the first pass of a model is slower than the rest
+    seconds, collectives, made = [], [], []
+    for limit in (1, max_new_tokens):
+        meet(model.comm.group, rank_device())
+        start = time.perf_counter()
+        with Ledger() as ledger:
+            made.append(model.generate(prompts, limit).shape[1] - prompts.shape[1])
+        seconds.append(time.perf_counter() - start)
+        collectives.append(sum(e.seconds for e in ledger.entries if e.kind == "collective"))
+    return Spent(
+        seconds[0],
+        collectives[0],
+        seconds[1] - seconds[0],
+        collectives[1] - collectives[0],
+        made[1] - 1,
+    )
