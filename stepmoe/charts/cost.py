@@ -54,7 +54,10 @@ def cost_fit(check: PublishedCheck, title: str | None = None) -> Figure:
             y=0.965,
         )
         dense = [sizes[0] * (sizes[-1] / sizes[0]) ** (i / 100) for i in range(101)]
-        curve = [collective_time("all_reduce", size, 8, check.link) * 1e6 for size in dense]
+        curve = [
+            collective_time("all_reduce", size, 8, check.link, check.algorithm) * 1e6
+            for size in dense
+        ]
         axes.plot(dense, curve, color=COLOURS["all_reduce"], lw=2.2, label=_name_of(check))
         for fitted, face, words in (
             (True, INK, "published, used for the fit"),
@@ -107,7 +110,8 @@ def cost_fit(check: PublishedCheck, title: str | None = None) -> Figure:
 
 def _name_of(check: PublishedCheck) -> str:
     link = check.link
-    return f"predicted: {link.latency * 1e6:.2g} µs a step, {link.bandwidth / 1e9:.0f} GB/s, ring"
+    constants = f"{link.latency * 1e6:.2g} µs a step, {link.bandwidth / 1e9:.0f} GB/s"
+    return f"predicted: {constants}, {check.algorithm}"
 
 
 def _short(size: float) -> str:

@@ -3,7 +3,8 @@
 The model is alpha + beta n, a start-up time for each message and a time for each byte, with which
 Thakur, Rabenseifner and Gropp compare collectives ("Optimization of Collective Communication
 Operations in MPICH", 2005). What it gives is a prediction, and is called that everywhere: it knows
-nothing of congestion, of protocols that change with the size, or of ranks that wait for each other.
+nothing of congestion or of ranks that wait for each other. One form of it, "pipelined", has a
+bandwidth that grows with the size, as a library's has that cuts large tensors into more pieces.
 
 Legend: n ranks, S bytes of the whole tensor (as in the ledger: what all_reduce and reduce_scatter
 take, what all_gather returns).
@@ -19,7 +20,7 @@ import numpy as np
 from stepmoe.errors import ConfigError
 
 OPERATIONS = ("all_reduce", "reduce_scatter", "all_gather")
-ALGORITHMS = ("ring", "one_shot", "two_shot")
+ALGORITHMS = ("ring", "pipelined", "one_shot", "two_shot")
 
 
 @dataclass(frozen=True)
@@ -67,6 +68,21 @@ LINKS = {
         "PCI Express 5.0 x16: 32 GT/s, 16 lanes, 128b/130b coding; "
         f"latency: {_NCCL}, ring, Simple protocol",
     ),
+    "nccl_sm90": Link(
+        "nccl_sm90",
+        0.73e-6,
+        558e9,
+        "fitted as pipelined to NCCL's all_reduce of 1 and 128 MiB on 8 GPUs, likely SM90 (vLLM "
+        "#42324); above the wires' 450 GB/s, so the switch probably takes part in the sum "
+        "(inferred)",
+    ),
+    "infiniband": Link(
+        "infiniband",
+        14e-6,
+        50e9,
+        "NDR, one 400 Gb/s port for each GPU, as NVIDIA's DGX H100 has them; "
+        f"latency: {_NCCL}, ring, Simple protocol, network",
+    ),
     "loopback": Link(
         "loopback",
         0.79e-3,
@@ -83,6 +99,7 @@ def terms(operation: str, nbytes: float, ranks: int, algorithm: str = "ring") ->
     ring: n - 1 steps for either half, S/n bytes each; an all_reduce is both halves. The fewest
         bytes possible (Patarasuk and Yuan, "Bandwidth optimal all-reduce algorithms for clusters of
         workstations", 2009).
+    pipelined: the ring's steps and bytes, of which `collective_time` makes another time.
     one_shot: one step. For an all_reduce every rank reads every peer's whole tensor, (n - 1) S, and
         sums by itself (oneShotAllReduceKernel in TensorRT-LLM's customAllReduceKernels.cu).
     two_shot: an all_reduce in two steps, each rank first summing its own n-th of the tensor, then
@@ -108,7 +125,7 @@ def terms(operation: str, nbytes: float, ranks: int, algorithm: str = "ring") ->
     if ranks == 1:
         return 0, 0.0
     halves = 2 if operation == "all_reduce" else 1
-    if algorithm == "ring":
+    if algorithm in ("ring", "pipelined"):
         steps = halves * (ranks - 1)
     elif algorithm == "two_shot":
         steps = halves
@@ -122,13 +139,29 @@ def terms(operation: str, nbytes: float, ranks: int, algorithm: str = "ring") ->
 def collective_time(
     operation: str, nbytes: float, ranks: int, link: Link, algorithm: str = "ring"
 ) -> float:
-    """Predicted seconds of one collective; `terms` has the formulas and their sources."""
+    """Predicted seconds of one collective; `terms` has the steps, the bytes and their sources.
+
+    pipelined: (sqrt(steps x latency) + sqrt(sent / bandwidth))^2. A stream cut into m pieces that
+    follow each other over p hops takes (p + m) (latency + sent / m / bandwidth); with the best m
+    for each size that is this square (Johnsson and Ho, "Optimum broadcasting and
+    personalized communication in hypercubes", 1989). So half of the bandwidth is reached late, and
+    small tensors pay less than a straight line through large ones says.
+    """
     steps, sent = terms(operation, nbytes, ranks, algorithm)
-    return steps * link.latency + sent / link.bandwidth
+    start, transfer = steps * link.latency, sent / link.bandwidth
+    if algorithm == "pipelined":
+        return float((start**0.5 + transfer**0.5) ** 2)
+    return start + transfer
 
 
 def hierarchical_time(
-    operation: str, nbytes: float, ranks: int, ranks_per_node: int, link: Link, outer: Link
+    operation: str,
+    nbytes: float,
+    ranks: int,
+    ranks_per_node: int,
+    link: Link,
+    outer: Link,
+    algorithm: str = "ring",
 ) -> float:
     """Predicted seconds of a collective over nodes: rings within each node, and rings across.
 
@@ -139,6 +172,7 @@ def hierarchical_time(
     Args:
         ranks: of all nodes; ranks_per_node (m) divides it.
         link: within a node; outer: between nodes, one rank's share.
+        algorithm: within a node; between nodes it is a ring.
     """
     if ranks_per_node < 1 or ranks % ranks_per_node:
         raise ConfigError(
@@ -147,9 +181,10 @@ def hierarchical_time(
         )
     across = collective_time(operation, nbytes / ranks_per_node, ranks // ranks_per_node, outer)
     if operation != "all_reduce":
-        return collective_time(operation, nbytes, ranks_per_node, link) + across
+        return collective_time(operation, nbytes, ranks_per_node, link, algorithm) + across
     halves = ("reduce_scatter", "all_gather")
-    return across + sum(collective_time(half, nbytes, ranks_per_node, link) for half in halves)
+    within = [collective_time(half, nbytes, ranks_per_node, link, algorithm) for half in halves]
+    return across + sum(within)
 
 
 def fit(
@@ -183,7 +218,9 @@ def fit(
             f"time of {min(seconds)} s"
         )
     rows = np.array([terms(operation, size, ranks, algorithm) for size in sizes], dtype=float)
-    weighted = rows / np.asarray(seconds, dtype=float)[:, None]
+    # The square root of a pipelined time is linear in the roots of latency and time a byte.
+    power = 0.5 if algorithm == "pipelined" else 1.0
+    weighted = (rows / np.asarray(seconds, dtype=float)[:, None]) ** power
     ones = np.ones(len(sizes))
     latency, per_byte = np.linalg.lstsq(weighted, ones, rcond=None)[0]
     if latency < 0:
@@ -193,5 +230,6 @@ def fit(
             f"the times ({min(seconds):.3g} to {max(seconds):.3g} s) do not grow with the sizes "
             f"({min(sizes):.3g} to {max(sizes):.3g} bytes): measure larger tensors"
         )
+    latency, per_byte = latency ** (1 / power), per_byte ** (1 / power)
     source = f"fitted to {len(sizes)} times of {operation}, {ranks} ranks, as {algorithm}"
     return Link(name, float(latency), float(1 / per_byte), source)
