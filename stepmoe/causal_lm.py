@@ -16,6 +16,7 @@ from stepmoe.comm.communicator import Communicator
 from stepmoe.comm.groups import build_groups, world_size
 from stepmoe.comm.placement import Placed
 from stepmoe.config import Step3p5Config
+from stepmoe.generation import generate
 from stepmoe.launch.rank import rank_device
 from stepmoe.model.kv_cache import KVCache
 from stepmoe.model.merged import published_views
@@ -152,13 +153,23 @@ class Step3p5ForCausalLM(nn.Module):
             view.copy_(source(name, layouts[name]))
         return model.requires_grad_(False)
 
-    def new_cache(self) -> KVCache:
-        """An empty key-value cache, to be passed to every call of one decoding."""
-        return KVCache(self.config)
+    def new_cache(self, capacity: int = 0) -> KVCache:
+        """An empty key-value cache, to be passed to every call of one decoding.
+
+        Args:
+            capacity: tokens of a sequence that it is to hold without growing on the way; more than
+                that make it grow.
+        """
+        holds_all = self.parallel.attention == "tp" or self.comm.group.size == 1
+        return KVCache(self.config, self.lm_head.weight.device, capacity, holds_all)
 
     @torch.no_grad()
     def forward(
-        self, input_ids: Tensor, cache: KVCache | None = None, capture: Capture | None = None
+        self,
+        input_ids: Tensor,
+        cache: KVCache | None = None,
+        capture: Capture | None = None,
+        last_only: bool = False,
     ) -> Tensor:
         """Logits (batch, length, vocab) of input_ids (batch, length) int64, on every rank the same.
 
@@ -167,6 +178,8 @@ class Step3p5ForCausalLM(nn.Module):
                 get different, wrong logits. With a cache, only the tokens that are new.
             cache: from new_cache(); remembers the tokens for the next call.
             capture: records named intermediate values.
+            last_only: the logits of each sequence's last token alone, (batch, 1, vocab): what it
+                takes to go on. The head is spared the other tokens.
         """
         check_input(self.config, input_ids, cache)
         batch, length = input_ids.shape
@@ -178,15 +191,16 @@ class Step3p5ForCausalLM(nn.Module):
             if capture is not None and capture.wants(layer.index):
                 self._capture_layer(capture, layer.index, hidden_states, residual)
         if cache is not None:
-            cache.length += length
+            cache.advance(length)
 
         last = self.model.decoder_layers[-1]
         hidden_states, _ = last.add_norm(self.model.norm, last.flush(hidden_states), residual)
         hidden_states.name, hidden_states.layer = "final_norm", None
         if hidden_states.is_sharded:
             hidden_states = self.comm.all_gather(hidden_states, "lm_head")
-        logits: Tensor = self.lm_head(hidden_states.replicated("lm_head").tensor)
-        return logits.view(batch, length, -1)
+        by_sequence = hidden_states.replicated("lm_head").tensor.view(batch, length, -1)
+        logits: Tensor = self.lm_head(by_sequence[:, -1:] if last_only else by_sequence)
+        return logits
 
     @torch.no_grad()
     def generate(self, input_ids: Tensor, max_new_tokens: int = 16) -> Tensor:
@@ -196,19 +210,7 @@ class Step3p5ForCausalLM(nn.Module):
         before the others is filled up with that token.
         """
         check_generate(self.config, input_ids, max_new_tokens)
-        input_ids = input_ids.to(self.lm_head.weight.device)
-        cache, new = self.new_cache(), input_ids
-        eos = torch.tensor(self.config.eos_token_ids, device=input_ids.device, dtype=torch.int64)
-        ended = torch.zeros(len(input_ids), 1, dtype=torch.bool, device=input_ids.device)
-        for _ in range(max_new_tokens):
-            new = self(new, cache)[:, -1:].argmax(-1)
-            if len(eos):
-                new = torch.where(ended, eos[0], new)
-                ended |= torch.isin(new, eos)
-            input_ids = torch.cat((input_ids, new), dim=1)
-            if bool(ended.all()):
-                break
-        return input_ids
+        return generate(self, input_ids.to(self.lm_head.weight.device), max_new_tokens)
 
     def _step(
         self, batch: int, length: int, cache: KVCache | None, capture: Capture | None

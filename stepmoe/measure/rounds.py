@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import copy
 import statistics
 import sys
 import time
@@ -147,7 +146,7 @@ def make_inputs(
         drawn = torch.randint(config.vocab_size, (case.batch, length), generator=random)
         return drawn.to(model.lm_head.weight.device)
 
-    filled = model.new_cache() if case.context else None
+    filled = model.new_cache(case.context + case.length) if case.context else None
     if filled:
         model(ids(case.context), filled)
     caches = [copy_of(filled, turned_by=number) if filled else None for number in range(num_sets)]
@@ -169,19 +168,17 @@ def _bytes_of_a_set(plan: Plan, case: Case) -> int:
     return 8 * case.tokens + plan.dtype.itemsize * own
 
 
-def copy_of(cache: KVCache, turned_by: int | None = None) -> KVCache:
+def copy_of(cache: KVCache, turned_by: int = 0) -> KVCache:
     """A cache that can be appended to without changing this one.
 
     Args:
-        turned_by: how many places its sequences move, in new memory; None shares the memory.
+        turned_by: how many places the sequences that this rank holds move.
     """
-    copied = copy.copy(cache)
-    copied.layers = [copy.copy(layer) for layer in cache.layers]
-    if turned_by is not None:
-        for layer in copied.layers:
-            if layer.keys is not None and layer.values is not None:
-                layer.keys = layer.keys.roll(turned_by, 0)
-                layer.values = layer.values.roll(turned_by, 0)
+    copied = cache.copy()
+    for layer in copied.layers:
+        if turned_by and layer.keys is not None and layer.values is not None:
+            layer.keys = layer.keys.roll(turned_by, 0)
+            layer.values = layer.values.roll(turned_by, 0)
     return copied
 
 

@@ -3,14 +3,15 @@
 from __future__ import annotations
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 
 from stepmoe.config import LayerConfig
+from stepmoe.kernels.attention import decode_attention, prefill_attention
+from stepmoe.kernels.qk_norm_rotary import qk_norm_rotary
 from stepmoe.model.kv_cache import LayerCache
 from stepmoe.model.merged import MergedLinear
 from stepmoe.model.norm import GemmaRMSNorm
-from stepmoe.model.rotary import cos_sin, inverse_frequencies, rotate
+from stepmoe.model.rotary import inverse_frequencies
 
 
 class Attention(nn.Module):
@@ -38,7 +39,8 @@ class Attention(nn.Module):
         self.o_proj = nn.Linear(query_size, hidden_size, bias=False)
         self.q_norm = GemmaRMSNorm(self.head_dim, eps)
         self.k_norm = GemmaRMSNorm(self.head_dim, eps)
-        self._frequencies = inverse_frequencies(layer)  # not a parameter: follows from the config
+        # Not a parameter: they follow from the config. float64, and as last used.
+        self._frequencies = self._placed_frequencies = inverse_frequencies(layer)
 
     def forward(
         self, hidden_states: Tensor, batch: int, start: int, cache: LayerCache | None
@@ -50,36 +52,41 @@ class Attention(nn.Module):
             cache: holds the keys and values of the `start` tokens before; None if start is 0.
         """
         length = hidden_states.shape[0] // batch
-        positions = torch.arange(start, start + length, device=hidden_states.device)
-        frequencies = self._frequencies.to(hidden_states.device)
-        cos, sin = cos_sin(positions, frequencies, hidden_states.dtype)
-
-        projected = self.qkvg_proj(hidden_states).split(list(self.qkvg_proj.parts.values()), -1)
-        query, key, value = (self._heads(part, batch) for part in projected[:3])
-        gate = torch.sigmoid(projected[3])  # (T, H_local)
-        query, key = self.q_norm(query), self.k_norm(key)
-        query, key = rotate(query, cos, sin), rotate(key, cos, sin)
+        projected = self.qkvg_proj(hidden_states)
+        gate = projected[:, -self.num_heads :]  # (T, H_local), before the sigmoid
+        into = None
         if cache is not None:
-            key, value = cache.append(key, value)
-
-        output = self._attend(query, key, value)
-        output = output.transpose(1, 2).reshape(-1, self.num_heads, self.head_dim) * gate[..., None]
-        result: Tensor = self.o_proj(output.flatten(1))
+            shape = (batch, self.num_kv_heads, self.head_dim)
+            slots = cache.reserve(projected, shape, start + length)
+            if length == 1 or self.window is None:
+                into = slots
+        query, keys, values = qk_norm_rotary(
+            projected,
+            batch,
+            self.q_norm.weight,
+            self.k_norm.weight,
+            self.q_norm.eps,
+            self._frequencies_for(projected),
+            projected.new_zeros(1, dtype=torch.int64) if cache is None else cache.position,
+            self.num_heads,
+            self.num_kv_heads,
+            into,
+        )
+        if cache is not None and length == 1:
+            output = decode_attention(query, keys, values, gate, cache.position)
+        else:
+            if into is not None:
+                keys, values = (kept[:, :, : start + length] for kept in into)
+            elif cache is not None:
+                keys, values = cache.append(keys, values, start)
+            output = prefill_attention(query, keys, values, gate, self.window)
+        result: Tensor = self.o_proj(output)
         return result
 
-    def _heads(self, x: Tensor, batch: int) -> Tensor:
-        """(T, heads x head_dim) to (B, heads, L, head_dim)."""
-        return x.view(batch, -1, x.shape[1] // self.head_dim, self.head_dim).transpose(1, 2)
-
-    def _attend(self, query: Tensor, key: Tensor, value: Tensor) -> Tensor:
-        """Causal attention of the last L of S positions: query (B, H, L, d), rest (B, G, S, d)."""
-        length, seen = query.shape[2], key.shape[2]
-        mask = None
-        is_causal = length == seen and (self.window is None or seen <= self.window)
-        if not is_causal:
-            rows = torch.arange(seen - length, seen, device=query.device)[:, None]
-            distance = rows - torch.arange(seen, device=query.device)
-            mask = (distance >= 0) & (distance < (self.window or seen))
-        return F.scaled_dot_product_attention(
-            query, key, value, attn_mask=mask, is_causal=is_causal, enable_gqa=True
-        )
+    def _frequencies_for(self, x: Tensor) -> Tensor:
+        """The rotary frequencies on x's device, in float32 or wider; moved there once."""
+        wide = torch.promote_types(x.dtype, torch.float32)
+        placed = self._placed_frequencies
+        if (placed.device, placed.dtype) != (x.device, wide):
+            self._placed_frequencies = placed = self._frequencies.to(x.device, wide)
+        return placed

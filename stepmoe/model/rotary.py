@@ -1,4 +1,7 @@
-"""Rotary position embedding: neox style (rotate halves), partial, with llama3 scaling."""
+"""The angles of the rotary position embedding: partial, with llama3 scaling.
+
+kernels/qk_norm_rotary.py turns queries and keys by them, neox style (rotate halves).
+"""
 
 from __future__ import annotations
 
@@ -31,17 +34,3 @@ def _llama3(frequencies: Tensor, scaling: RopeScaling) -> Tensor:
     )
     keep = keep.clamp(0, 1)
     return keep * frequencies + (1 - keep) * frequencies / scaling.factor
-
-
-def cos_sin(positions: Tensor, frequencies: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
-    """Cosine and sine (L, rotary_dim / 2) of positions (L,), angles in float32 or wider."""
-    wide = torch.promote_types(dtype, torch.float32)
-    angles = positions.to(wide)[:, None] * frequencies.to(wide)
-    return angles.cos().to(dtype), angles.sin().to(dtype)
-
-
-def rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
-    """Rotate the first 2 x cos.shape[-1] entries of the last dim of x (B, heads, L, head_dim)."""
-    half = cos.shape[-1]
-    first, second, rest = x[..., :half], x[..., half : 2 * half], x[..., 2 * half :]
-    return torch.cat((first * cos - second * sin, second * cos + first * sin, rest), dim=-1)

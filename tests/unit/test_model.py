@@ -81,7 +81,56 @@ def test_decoding_with_the_cache_equals_a_full_prefill(data):
     torch.testing.assert_close(pieces, model(ids), atol=1e-10, rtol=1e-10)
     assert cache.length == sum(chunks)
     for layer, kept in zip(config.layers, cache.layers, strict=True):
-        assert kept.keys.shape[2] == min(sum(chunks), layer.sliding_window or sum(chunks))
+        # Grown by doubling: at most twice the tokens, and never more than a window.
+        slots = kept.keys.shape[2]
+        assert min(sum(chunks), layer.sliding_window or 512) <= slots
+        assert slots <= min(2 * sum(chunks), layer.sliding_window or 512)
+
+
+@settings(max_examples=25, deadline=None)
+@given(data=st.data())
+def test_a_cache_may_be_copied_and_sequences_dropped(data):
+    config = data.draw(configs())
+    before, after = data.draw(st.integers(1, 12)), data.draw(st.integers(1, 4))
+    model = sm.Step3p5ForCausalLM.from_config(config, dtype=torch.float64)
+    ids = torch.randint(config.vocab_size, (4, before + after))
+    rows = torch.tensor(data.draw(st.permutations(range(4)))[: data.draw(st.integers(1, 4))])
+    cache = model.new_cache(data.draw(st.sampled_from([0, before, before + after])))
+    model(ids[:, :before], cache)
+    fewer, same = cache.copy(rows), cache.copy()
+    expected = model(ids)
+    for kept, chosen in ((fewer, rows), (same, slice(None)), (cache, slice(None))):
+        for token in range(before, before + after):
+            logits = model(ids[chosen, token : token + 1], kept)
+            # float64: another order of summation; what one copy writes must not reach the others.
+            torch.testing.assert_close(
+                logits, expected[chosen, token : token + 1], atol=1e-10, rtol=1e-10
+            )
+    with pytest.raises(sm.ConfigError, match=f"holds {len(rows)} sequences"):
+        model(torch.zeros(5, 1, dtype=torch.int64), fewer)
+
+
+def test_a_cleared_cache_starts_over_in_the_same_slots():
+    model = sm.Step3p5ForCausalLM.from_pretrained(TINY)
+    cache = model.new_cache(40)
+    first = model(IDS, cache)
+    slots = [layer.keys.data_ptr() for layer in cache.layers]
+    size = cache.nbytes
+    cache.clear()
+    # 1e-4: float32, other lengths of matrix products; entries reach 20.
+    again = torch.cat([model(part, cache) for part in IDS.split([7, 1, 1, 31], dim=1)], dim=1)
+    torch.testing.assert_close(again, first, atol=1e-4, rtol=0)
+    assert [layer.keys.data_ptr() for layer in cache.layers] == slots
+    # One full layer of 40 slots, three of a window of 8: 2 sequences x 4 heads x 16 x 4 bytes.
+    assert size == cache.nbytes == 2 * (40 + 3 * 8) * 2 * 4 * 16 * 4
+
+
+@pytest.mark.parametrize("variant", sm.VARIANTS)
+def test_logits_of_the_last_token_alone(variant):
+    model = sm.Step3p5ForCausalLM.from_pretrained(TINY, variant)
+    last = model(IDS, last_only=True)
+    # 1e-4: the head's product has other shapes, entries reach 20.
+    torch.testing.assert_close(last, model(IDS)[:, -1:], atol=1e-4, rtol=0)
 
 
 def test_generate_is_the_argmax_of_full_prefills():
