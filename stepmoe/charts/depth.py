@@ -11,14 +11,9 @@ from torch import Tensor
 from stepmoe.charts.panels import look_of_variant
 from stepmoe.charts.style import new_figure, style
 from stepmoe.errors import ConfigError
+from stepmoe.measure.distance import relative_error
 
 States = Mapping[int, Mapping[str, Tensor]]  # layer, name, value: as lesson.Pass.states
-
-
-def relative_error(value: Tensor, exact: Tensor) -> float:
-    """2-norm of value - exact over that of exact, in float64; tensors of equal shape."""
-    difference = value.double() - exact.double()
-    return float(difference.norm() / exact.double().norm())
 
 
 def error_by_depth(

@@ -4,6 +4,8 @@
 """
 
 from stepmoe.measure.accuracy import compare_accuracy, outcomes_of, paired
+from stepmoe.measure.error import numerical_error
+from stepmoe.measure.invariance import batch_invariance
 from stepmoe.measure.latency import compare_latency
 from stepmoe.measure.report import table
 from stepmoe.measure.store import load, save
@@ -12,9 +14,11 @@ from stepmoe.measure.timeline import Profile, profile
 
 __all__ = [
     "Profile",
+    "batch_invariance",
     "compare_accuracy",
     "compare_latency",
     "load",
+    "numerical_error",
     "outcomes_of",
     "paired",
     "profile",

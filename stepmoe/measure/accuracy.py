@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import asdict
-from datetime import UTC, datetime
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -14,7 +12,7 @@ from stepmoe.checks import check_dtype, check_generate, check_model
 from stepmoe.errors import ConfigError
 from stepmoe.launch import Ranks
 from stepmoe.measure.answering import BATCH_SIZE, Answers, answer_here
-from stepmoe.measure.environment import describe
+from stepmoe.measure.environment import attributes
 from stepmoe.measure.latency import check_world, ranks_in, run_everywhere
 from stepmoe.measure.plan import named_layers
 from stepmoe.measure.source import Source, config_of
@@ -80,12 +78,7 @@ def compare_accuracy(
         rows.append(_row(name, parallel, kind, task, answers))
     frame = pd.DataFrame(rows)
     frame.attrs = {
-        "recorded": False,
-        "hardware": describe([rank.place for rank in answers]),
-        "versions": answers[0].place.versions,
-        "dtype": str(kind).removeprefix("torch."),
-        "date": datetime.now(UTC).isoformat(timespec="seconds"),
-        "parallel": asdict(parallel),
+        **attributes([rank.place for rank in answers], kind, parallel),
         "task": task.name,
         "questions": len(task),
         "prompt_tokens": task.prompts.shape[1],

@@ -6,13 +6,15 @@ import platform
 import socket
 import subprocess
 import sys
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
+from datetime import UTC, datetime
 from pathlib import Path
 
 import torch
 import torch.distributed as dist
 
 import stepmoe
+from stepmoe.parallel import ParallelConfig
 from stepmoe.probe import Probe
 
 _CACHES = Path("/sys/devices/system/cpu/cpu0/cache")
@@ -68,6 +70,18 @@ def describe(places: list[Place]) -> dict[str, object]:
         "backend": first.backend,
         "last_level_cache": first.cache_bytes,
         "last_level_cache_source": first.cache_source,
+    }
+
+
+def attributes(places: list[Place], dtype: object, parallel: ParallelConfig) -> dict[str, object]:
+    """What every measurement says of itself, in its frame's `attrs`."""
+    return {
+        "recorded": False,
+        "hardware": describe(places),
+        "versions": places[0].versions,
+        "dtype": str(dtype).removeprefix("torch."),
+        "date": datetime.now(UTC).isoformat(timespec="seconds"),
+        "parallel": asdict(parallel),
     }
 
 

@@ -4,13 +4,12 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import asdict
-from datetime import UTC, datetime
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
 from stepmoe.measure import statistics
-from stepmoe.measure.environment import describe
+from stepmoe.measure.environment import attributes
 from stepmoe.measure.plan import BASELINE, Plan
 from stepmoe.measure.rounds import CaseRecord, RankRecord
 
@@ -110,13 +109,8 @@ def _attributes(plan: Plan, records: list[RankRecord]) -> dict[str, object]:
     first = records[0]
     cache = first.place.cache_bytes
     return {
-        "recorded": False,
-        "hardware": describe([record.place for record in records]),
-        "versions": first.place.versions,
-        "dtype": str(plan.dtype).removeprefix("torch."),
+        **attributes([record.place for record in records], plan.dtype, plan.parallel),
         "seed": plan.seed,
-        "date": datetime.now(UTC).isoformat(timespec="seconds"),
-        "parallel": asdict(plan.parallel),
         "config": _plain(asdict(plan.config)),
         "command": _command(plan),
         "warmup": plan.warmup,
