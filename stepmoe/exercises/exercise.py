@@ -92,9 +92,9 @@ class Exercise:
             ExerciseError: it does not solve the exercise; the message says what to think about.
             ConfigError: the exercise needs ranks and got none, or not as many.
         """
-        self._expect_ranks(ranks)
         if is_stub(attempt):
             raise ExerciseError(self.hint)
+        self._expect_ranks(ranks)
         traffic = self.judge(attempt, ranks) if self.ranks else self.judge(attempt)
         lines = code_lines(attempt)
         if lines > self.lines:

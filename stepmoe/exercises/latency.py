@@ -110,7 +110,7 @@ def _first(
 
 @exercise(
     NOTEBOOK,
-    lines=9,
+    lines=10,
     hint="Hint: collective_time(operation, nbytes, ranks, link, algorithm) gives either "
     "all-reduce. Add launches, and bytes over the memory's bandwidth, and try one token, two, ...",
 )

@@ -100,7 +100,7 @@ def bytes_under_dp(attempt: Callable[..., Any], ranks: Ranks) -> None:
 
 @exercise(
     NOTEBOOK,
-    lines=14,
+    lines=12,
     ranks=4,
     hint="Hint: begin with DeferredLayer.forward and decide for each of its two sums where else it "
     "could be completed, or in which other form, before the norm that needs it.",

@@ -44,7 +44,8 @@ def _body(function: FunctionType) -> list[ast.stmt]:
         definition = ast.parse(textwrap.dedent(inspect.getsource(function))).body[0]
     except (OSError, SyntaxError):
         definition = None
-    if not isinstance(definition, ast.FunctionDef):
+    # Around a lambda stands another statement.
+    if not isinstance(definition, ast.FunctionDef) or definition.name != function.__name__:
         raise ConfigError(
             f"the source of {function.__name__} cannot be read: write it with `def`, in a cell or "
             "a file"

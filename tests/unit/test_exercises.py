@@ -1,0 +1,365 @@
+"""The exercises that need no ranks, and what all of them have in common."""
+
+import math
+import re
+
+import pytest
+import torch
+from exercise_cells import all_exercises, cells, defined
+
+from stepmoe.config import Step3p5Config
+from stepmoe.errors import ConfigError, RankError, RankTimeout
+from stepmoe.exercises import ExerciseError, Score, Traffic, deferred, latency, one_layer
+from stepmoe.exercises.exercise import call_on
+from stepmoe.exercises.source import code_lines, is_stub
+from stepmoe.parallel import ParallelConfig
+from stepmoe.roofline import Chip, layer_roofline
+
+EXERCISES = all_exercises()
+LESSONS = sorted({each.notebook for each in EXERCISES})
+
+
+def named(each):
+    return getattr(each, "name", None)
+
+
+@pytest.mark.parametrize("lesson", LESSONS)
+def test_a_lesson_has_two_or_three(lesson):
+    assert 2 <= sum(each.notebook == lesson for each in EXERCISES) <= 3
+
+
+@pytest.mark.parametrize("each", EXERCISES, ids=named)
+def test_the_stub_is_refused_with_its_hint_and_the_text_states_the_budget(each):
+    with pytest.raises(ExerciseError) as refused:
+        each.check(defined(each.notebook, each.name))
+    assert str(refused.value) == each.hint
+    every = cells(each.notebook)
+    (stub,) = [i for i, c in enumerate(every) if f"exercise.{each.name}.try_out(" in c.source]
+    spec = " ".join(every[stub - 1].source.split())
+    assert spec.startswith("### ")
+    assert f"At most {each.lines} lines." in spec
+
+
+@pytest.mark.parametrize("each", [e for e in EXERCISES if not e.ranks], ids=named)
+def test_the_solution_passes(each):
+    score = each.check(defined(f"solutions/{each.notebook}", each.name))
+    assert score.lines <= each.lines
+    assert score.traffic is None
+
+
+def rows_of_a(A, B, rank, n):
+    return A.tensor_split(n, dim=0)[rank], B.tensor_split(n, dim=0)[rank]
+
+
+def columns_of_b(A, B, rank, n):
+    return A.tensor_split(n, dim=1)[rank], B.tensor_split(n, dim=1)[rank]
+
+
+def other_rows(A, B, rank, n):
+    return A.tensor_split(n, dim=1)[rank], B.tensor_split(n, dim=0)[n - 1 - rank]
+
+
+def remainder_lost(A, B, rank, n):
+    each = len(B) // n
+    mine = slice(rank * each, (rank + 1) * each)
+    return A[:, mine], B[mine]
+
+
+def everything(A, B, rank, n):
+    return A, B
+
+
+def remainder_on_the_last(A, B, rank, n):
+    each = len(B) // n
+    mine = slice(rank * each, (rank + 1) * each if rank < n - 1 else None)
+    return A[:, mine], B[mine]
+
+
+def reversed_rows(A, B, rank, n):
+    return A.tensor_split(n, dim=1)[rank], B.tensor_split(n, dim=0)[rank].flip(0)
+
+
+def one_matrix(A, B, rank, n):
+    return A.tensor_split(n, dim=1)[rank]
+
+
+def dealt_round(rank, tp, ep, num_experts, size):
+    group, place, experts = rank % ep, rank // ep, num_experts // ep
+    rows = size * ep // tp
+    first = group * experts
+    return range(first, first + experts), range(place * rows, (place + 1) * rows)
+
+
+def cut_by_all(rank, tp, ep, num_experts, size):
+    group, experts, rows = rank // (tp // ep), num_experts // ep, size // tp
+    first = group * experts
+    return range(first, first + experts), range(rank * rows, (rank + 1) * rows)
+
+
+def whole_experts(rank, tp, ep, num_experts, size):
+    group, experts = rank // (tp // ep), num_experts // ep
+    return range(group * experts, (group + 1) * experts), range(size)
+
+
+def first_experts(rank, tp, ep, num_experts, size):
+    return 0, size
+
+
+def bias_everywhere(x, w, bias, rank, n):
+    return x @ w + bias
+
+
+def bias_nowhere(x, w, bias, rank, n):
+    return x @ w
+
+
+def bias_on_the_second(x, w, bias, rank, n):
+    return x @ w + bias * (rank + 1)
+
+
+def a_number(x, w, bias, rank, n):
+    return 0.0
+
+
+def same_direction(size):
+    return torch.ones(size), 2 * torch.ones(size)
+
+
+def opposite(size):
+    return torch.ones(size), -torch.ones(size)
+
+
+def too_small(size):
+    return torch.ones(1), torch.ones(1)
+
+
+def of_the_call(first, second, ranks):
+    (size_1, time_1), (size_2, time_2) = first, second
+    per_byte = (time_2 - time_1) / (size_2 - size_1)
+    return time_1 - per_byte * size_1, 2 * (ranks - 1) / ranks / per_byte
+
+
+def of_the_tensor(first, second, ranks):
+    (size_1, time_1), (size_2, time_2) = first, second
+    per_byte = (time_2 - time_1) / (size_2 - size_1)
+    return (time_1 - per_byte * size_1) / (2 * (ranks - 1)), 1 / per_byte
+
+
+def no_latency(first, second, ranks):
+    return 0.0, second[0] / second[1]
+
+
+def of_one_point(first, second, ranks):
+    return second[1]
+
+
+def half_the_bandwidth(first, second, ranks):
+    latency, bandwidth = of_the_tensor(first, second, ranks)
+    return latency, bandwidth * (ranks - 1) / ranks
+
+
+def compute_bound(hidden, size, chip, operations=2, matrices=3, rows=2):
+    gain = operations * matrices * size / 2 - chip.balance * rows
+    return math.floor(chip.balance * matrices * size / gain) + 1 if gain > 0 else None
+
+
+def multiplies_only(hidden, size, chip):
+    return compute_bound(hidden, size, chip, operations=1)
+
+
+def weights_only(hidden, size, chip):
+    return compute_bound(hidden, size, chip, rows=0)
+
+
+def one_of_three(hidden, size, chip):
+    return compute_bound(hidden, size, chip, matrices=1)
+
+
+def never_none(hidden, size, chip):
+    return compute_bound(hidden, size, chip) or 10**6
+
+
+def off_by_two(hidden, size, chip):
+    return (compute_bound(hidden, size, chip) or 0) + 2
+
+
+def pays_from(hidden, ranks, link, memory, launch, start):
+    """The number the judge builds its constants around, from those constants."""
+    saved = 2 * launch + 2 * (ranks - 2) * link.latency
+    return round((start - saved) / (3 * hidden * 2 / memory) + 0.5)
+
+
+def one_too_few(hidden, ranks, link, memory, launch, start, gate):
+    return pays_from(hidden, ranks, link, memory, launch, start) - 1 or 1
+
+
+def no_gate(hidden, ranks, link, memory, launch, start, gate):
+    return pays_from(hidden, ranks, link, memory, launch, start)
+
+
+def at_once(hidden, ranks, link, memory, launch, start, gate):
+    return 1
+
+
+def never(hidden, ranks, link, memory, launch, start, gate):
+    return None
+
+
+def fails(*_):
+    raise ZeroDivisionError("division by zero")
+
+
+WRONG = [
+    (one_layer.columns_and_rows, one_matrix, "Return two matrices"),
+    (one_layer.columns_and_rows, rows_of_a, "cut A by columns"),
+    (one_layer.columns_and_rows, columns_of_b, "Cut B by rows"),
+    (one_layer.columns_and_rows, remainder_lost, "nobody holds"),
+    (one_layer.columns_and_rows, everything, "counts some of them twice"),
+    (one_layer.columns_and_rows, remainder_on_the_last, "the fullest rank"),
+    (one_layer.columns_and_rows, other_rows, "do not add up|more or fewer columns"),
+    (one_layer.columns_and_rows, reversed_rows, "its own row of B"),
+    (one_layer.columns_and_rows, fails, "It raised ZeroDivisionError: division by zero"),
+    (one_layer.expert_slice, first_experts, "Return two ranges"),
+    (one_layer.expert_slice, dealt_round, "share the first experts"),
+    (one_layer.expert_slice, cut_by_all, "not by all tp"),
+    (one_layer.expert_slice, whole_experts, "of each expert it holds rows"),
+    (one_layer.row_product, a_number, "whole shape"),
+    (one_layer.row_product, bias_everywhere, "the bias [4-7] times"),
+    (one_layer.row_product, bias_nowhere, "no rank added it"),
+    (one_layer.row_product, bias_on_the_second, "do not add up"),
+    (deferred.counterexample, too_small, "two tensors of 2 entries"),
+    (deferred.counterexample, same_direction, "c = 0.5 your colleague is right"),
+    (deferred.counterexample, opposite, "zero or nearly"),
+    (latency.fit_link, of_one_point, "Return latency and bandwidth"),
+    (latency.fit_link, of_the_call, "the latency is of one"),
+    (latency.fit_link, no_latency, "you say a latency is 0 s"),
+    (latency.fit_link, of_the_tensor, r"A rank sends 2 \(n - 1\)/n of them"),
+    (latency.fit_link, half_the_bandwidth, "the times were made with"),
+    (latency.first_compute_bound, multiplies_only, "two operations"),
+    (latency.first_compute_bound, weights_only, "What goes in and what comes out"),
+    (latency.first_compute_bound, one_of_three, "three matrices"),
+    (latency.first_compute_bound, never_none, "never reaches it"),
+    (latency.first_compute_bound, off_by_two, "you say 3, it is 1"),
+    (latency.first_that_pays, one_too_few, "still the slower one"),
+    (latency.first_that_pays, no_gate, "the gate ends at 2048: None"),
+    (latency.first_that_pays, at_once, "has to begin, too"),
+    (latency.first_that_pays, never, "you say never"),
+]
+
+
+@pytest.mark.parametrize(
+    ("judged", "attempt", "hint"), WRONG, ids=[attempt.__name__ for _, attempt, _ in WRONG]
+)
+def test_each_usual_mistake_gets_its_hint(judged, attempt, hint):
+    with pytest.raises(ExerciseError, match=hint):
+        judged.check(attempt)
+
+
+def test_try_out_prints_what_check_says(capsys):
+    one_layer.row_product.try_out(bias_nowhere)
+    solution = defined("solutions/01_one_layer", "row_product")
+    one_layer.row_product.try_out(solution)
+    refused, solved = capsys.readouterr().out.splitlines()
+    assert refused == "not solved yet. The bias is missing: no rank added it."
+    assert solved == "solved: 1 line of at most 2"
+
+
+def test_a_score_says_what_was_sent():
+    assert str(Score(2, 3, Traffic(1, 1.5))) == (
+        "solved: 2 lines of at most 3; 1 collective, a rank sends 1.5 x the tensor"
+    )
+
+
+def wordy(x, w, bias, rank, n):
+    product = x @ w
+    if rank == 0:
+        product = product + bias
+    return product
+
+
+def test_a_right_answer_over_the_budget_is_refused():
+    with pytest.raises(ExerciseError, match=r"right, in 4 lines of code\. .* in 2\."):
+        one_layer.row_product.check(wordy)
+
+
+def documented():
+    """A docstring
+
+    of three lines."""
+    # a comment
+    one = max(
+        1,
+        2,
+    )
+
+    two = 2; return one, two  # fmt: skip  # noqa: E702
+
+
+class Twice:
+    """A class."""
+
+    number = 1
+
+    def first(self):
+        """Documented."""
+        return 1
+
+    def second(self):
+        return 2
+
+
+class Untouched:
+    def forward(self): ...
+
+
+def untouched():
+    """Says what to do."""
+    ...
+
+
+def test_lines_are_statements():
+    assert code_lines(documented) == 3
+    assert code_lines(wordy) == 4
+    assert code_lines(Twice) == 2
+    assert not any(map(is_stub, (documented, Twice)))
+    assert all(map(is_stub, (Untouched, untouched)))
+
+
+@pytest.mark.parametrize("attempt", [3, lambda x: x, max, eval("lambda: 1")], ids=repr)
+def test_what_has_no_readable_definition_is_refused(attempt):
+    with pytest.raises(ConfigError, match=r"give the function or class|write it with `def`"):
+        one_layer.row_product.check(attempt)
+
+
+def test_an_exercise_that_communicates_asks_for_ranks():
+    with pytest.raises(ConfigError, match=re.escape("ranks = stepmoe.Ranks(4)")):
+        deferred.moe_block.check(wordy)
+
+
+class Failing:
+    """Stands in for Ranks: every call ends in this error."""
+
+    def __init__(self, error):
+        self.error = error
+
+    def run(self, *_):
+        raise self.error
+
+
+def test_what_fails_in_a_rank_becomes_a_hint():
+    raised = "rank 2 raised stepmoe.errors.PlacementError: layer 0: no\nTraceback ..."
+    with pytest.raises(ExerciseError, match=r"^It raised PlacementError: layer 0: no$"):
+        call_on(Failing(RankError(raised, rank=2)), wordy)
+    with pytest.raises(ExerciseError, match=r"rank 0: all_reduce; rank 1: not in one"):
+        call_on(Failing(RankTimeout("", waiting={0: "all_reduce", 1: "not in one"})), wordy)
+
+
+def test_the_made_up_chips_agree_with_the_roofline():
+    solve = defined("solutions/06_latency", "first_compute_bound")
+    shape = Step3p5Config.flash().replace(share_expert_dim=1500)
+    chip = Chip("test", 300e12, 1e12, "a test")
+    tokens = solve(shape.hidden_size, 1500, chip)
+    for number, bound in ((tokens - 1, "memory"), (tokens, "compute")):
+        parts = layer_roofline(shape, 5, ParallelConfig(), number, context=number)
+        (shared,) = [part for part in parts if part.name == "shared expert"]
+        assert shared.bound(chip) == bound
