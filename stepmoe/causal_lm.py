@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Sequence
 from pathlib import Path
 from typing import cast
 
@@ -10,18 +10,23 @@ import torch
 from torch import Tensor, nn
 
 from stepmoe.capture import Capture
-from stepmoe.checkpoint import Checkpoint, random_part, random_tensor
+from stepmoe.checkpoint import Checkpoint
 from stepmoe.checks import check_config_type, check_dtype, check_generate, check_input, check_model
 from stepmoe.comm.communicator import Communicator
 from stepmoe.comm.groups import build_groups, world_size
+from stepmoe.comm.ledger import note
 from stepmoe.comm.placement import Placed
 from stepmoe.config import Step3p5Config
+from stepmoe.filling import Write, fill_weights
+from stepmoe.fp8 import DEQUANTISED
 from stepmoe.generation import generate
+from stepmoe.hub import locate
 from stepmoe.launch.rank import rank_device
+from stepmoe.layers import layer_numbers
 from stepmoe.model.kv_cache import KVCache
-from stepmoe.model.merged import published_views
 from stepmoe.model.norm import GemmaRMSNorm
 from stepmoe.parallel import ParallelConfig, TensorLayout, tensor_layouts
+from stepmoe.random_weights import draw_into, random_tensor
 from stepmoe.variants import DecoderLayer, Step, layer_class
 
 Variant = str | type[DecoderLayer]
@@ -68,6 +73,7 @@ class Step3p5ForCausalLM(nn.Module):
         self.config, self.parallel, self.layer_class = config, parallel, layer
         self.groups = build_groups(parallel)
         self.comm = Communicator(self.groups["tp"])
+        self.remarks: list[str] = []  # about the weights, for the ledger of every pass
         with torch.device("meta"):
             self.model = DecoderStack(config, parallel, layer, self.comm)
             self.lm_head = nn.Linear(config.hidden_size, config.vocab_size, bias=False)
@@ -81,24 +87,40 @@ class Step3p5ForCausalLM(nn.Module):
         parallel: ParallelConfig | None = None,
         dtype: torch.dtype | None = None,
         device: str | torch.device | None = None,
+        layers: str | Sequence[int] | None = None,
     ) -> Step3p5ForCausalLM:
         """Read a published checkpoint; each rank reads only its slice of each tensor.
 
+        Memory holds no more beside the rank's weights than a piece of one tensor. FP8 weights are
+        multiplied out to `dtype` while reading, which the ledger notes.
+
         Args:
-            path: folder with config.json and safetensors, one file or an index of shards.
+            path: folder with config.json and safetensors, one file or an index of shards; or a name
+                on the Hugging Face Hub, of which the files needed are downloaded.
             variant: one of sm.VARIANTS, or a DecoderLayer subclass.
             parallel: layout over the ranks; None means tp over all ranks of this job.
             dtype: of weights and activations; None means the checkpoint's own.
             device: None means this rank's device.
+            layers: "3-6" or [3, 4, 5, 6]: a shallower model of these decoder layers, whose logits
+                are not the whole model's. None means all.
 
         Raises:
             ConfigError: the layout does not fit the shape or the number of ranks.
-            CheckpointError: a tensor is missing, surplus, misshapen or truncated.
+            CheckpointError: a tensor is missing, surplus, misshapen or truncated, or a name that
+                is found neither here nor on the hub.
         """
+        chosen = None if layers is None else layer_numbers(layers)
+        path = locate(path, chosen)
         config = Step3p5Config.from_pretrained(path)
-        checkpoint = Checkpoint(path)
+        if chosen is not None:
+            config = config.with_layers(*chosen)
+        checkpoint = Checkpoint(path, chosen)
         checkpoint.expect(tensor_layouts(config, ParallelConfig(), 0), config.num_hidden_layers)
-        return cls._filled(config, checkpoint.read, variant, parallel, dtype, device)
+        model = cls._filled(config, checkpoint.copy_into, variant, parallel, dtype, device)
+        if checkpoint.is_fp8:
+            kept = str(model.lm_head.weight.dtype).removeprefix("torch.")
+            model.remarks.append(DEQUANTISED.format(dtype=kept))
+        return model
 
     @classmethod
     def from_config(
@@ -109,27 +131,30 @@ class Step3p5ForCausalLM(nn.Module):
         dtype: torch.dtype | None = None,
         device: str | torch.device | None = None,
         seed: int = 0,
+        on_device: bool = False,
     ) -> Step3p5ForCausalLM:
         """The same with random weights: one seed gives the same model however it is cut.
 
-        Every rank draws each whole tensor in float32 on the CPU before it takes its slice: made for
-        small shapes. A stacked expert tensor of Step3p5Config.flash() takes 6 GB. A simulated rank
-        (ParallelConfig.simulate_rank) draws its slices only, on its device.
+        Args:
+            on_device: draw on the rank's device, expert by expert, as the published shape needs:
+                same model on every kind of layout, but another one on another kind of device. False
+                draws every whole tensor in float32 on the CPU, where a stacked expert tensor of
+                Step3p5Config.flash() takes 6 GB. A simulated rank always draws on its device.
         """
-        where = torch.device(device) if device is not None else rank_device()
 
-        def source(name: str, layout: TensorLayout) -> Tensor:
-            if parallel is not None and parallel.simulate_rank is not None:
-                return random_part(name, layout, seed, where)
-            return random_tensor(name, layout, seed)
+        def write(view: Tensor, name: str, layout: TensorLayout) -> None:
+            if on_device or (parallel is not None and parallel.simulate_rank is not None):
+                draw_into(view, name, layout, seed)
+            else:
+                view.copy_(random_tensor(name, layout, seed))
 
-        return cls._filled(config, source, variant, parallel, dtype, device)
+        return cls._filled(config, write, variant, parallel, dtype, device)
 
     @classmethod
     def _filled(
         cls,
         config: Step3p5Config,
-        source: Callable[[str, TensorLayout], Tensor],
+        write: Write,
         variant: Variant,
         parallel: ParallelConfig | None,
         dtype: torch.dtype | None,
@@ -139,18 +164,8 @@ class Step3p5ForCausalLM(nn.Module):
         dtype = check_dtype(config.torch_dtype if dtype is None else dtype)
         device = torch.device(device) if device is not None else rank_device()
         model = cls(config, variant, parallel or ParallelConfig(tp=world_size()), dtype)
-        state = {}
-        for name, parameter in model.state_dict().items():
-            # The router's bias only steers a choice between float32 scores.
-            is_bias = name.endswith("router_bias")
-            kept = torch.promote_types(dtype, torch.float32) if is_bias else dtype
-            state[name] = torch.empty(parameter.shape, dtype=kept, device=device)
-        model.load_state_dict(state, assign=True)
         layouts = tensor_layouts(config, model.parallel, model.comm.group.index)
-        for name, view in published_views(model).items():
-            # A copy in memory of its own: a file's offsets give every tensor another alignment, and
-            # with it another order of summation in the matrix product.
-            view.copy_(source(name, layouts[name]))
+        fill_weights(model, layouts, write, dtype, device)
         return model.requires_grad_(False)
 
     def new_cache(self, capacity: int = 0) -> KVCache:
@@ -182,6 +197,8 @@ class Step3p5ForCausalLM(nn.Module):
                 takes to go on. The head is spared the other tokens.
         """
         check_input(self.config, input_ids, cache)
+        for remark in self.remarks:
+            note(remark)
         batch, length = input_ids.shape
         step, own_rows = self._step(batch, length, cache, capture)
         hidden_states = self._embed(input_ids.to(self.lm_head.weight.device), step, own_rows)

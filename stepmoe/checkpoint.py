@@ -1,20 +1,29 @@
-"""Read the published safetensors layout, one file or an index of shards, slice by slice."""
+"""Read the published safetensors layout, bf16 or FP8, one file or an index of shards, by slices.
+
+What is read is copied at once to where it stays: memory holds a piece of one tensor beside that.
+"""
 
 from __future__ import annotations
 
 import json
 import re
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
-import torch
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
+from stepmoe import fp8
 from stepmoe.errors import CheckpointError
+from stepmoe.hub import INDEX, SINGLE, files_of
 from stepmoe.parallel import TensorLayout
 
 _LAYER = re.compile(r"model\.layers\.(\d+)\.")
+_DTYPES = ("BF16", "F16", "F32", "F64")  # safetensors' names
+_FP8 = "F8_E4M3"
+_SCALE = "_scale_inv"  # what a published FP8 weight's name is followed by in that of its scales
+_PIECE = 2**24  # numbers that are read at once: 64 MiB in float32
 
 
 class Checkpoint:
@@ -22,24 +31,39 @@ class Checkpoint:
 
     Args:
         path: a folder with model.safetensors or model.safetensors.index.json, or one file.
+        layers: the decoder layers to use; tensor names then count them from 0, in this order. Files
+            that hold none of their tensors need not be there. None means all.
 
     Raises:
         CheckpointError: nothing to read there, or a file is missing, truncated or not safetensors.
     """
 
-    def __init__(self, path: str | Path) -> None:
-        self.path = Path(path)
+    def __init__(self, path: str | Path, layers: Sequence[int] | None = None) -> None:
+        self.path, self.layers = Path(path), layers
         self._handles: dict[Path, Any] = {}
-        self._file_of = self._locate()
+        located = self._locate()
+        self._stored = dict(self._renamed(located))
+        self._file_of = {name: located[stored] for name, stored in self._stored.items()}
+
+    def _renamed(self, located: dict[str, Path]) -> Iterator[tuple[str, str]]:
+        """The name of every tensor in a model of the chosen layers, and in the file."""
+        for stored in located:
+            layer = _LAYER.match(stored)
+            if layer is None or self.layers is None:
+                yield stored, stored
+                continue
+            for new, old in enumerate(self.layers):
+                if int(layer[1]) == old:
+                    yield f"model.layers.{new}.{stored[layer.end() :]}", stored
 
     def _locate(self) -> dict[str, Path]:
         """Which file holds which tensor."""
         if self.path.is_file() and self.path.suffix == ".safetensors":
             return dict.fromkeys(self._open(self.path).keys(), self.path)
-        index = self.path / "model.safetensors.index.json"
+        index = self.path / INDEX
         if index.is_file():
             return self._from_index(index)
-        single = self.path / "model.safetensors"
+        single = self.path / SINGLE
         if single.is_file():
             return dict.fromkeys(self._open(single).keys(), single)
         raise CheckpointError(
@@ -50,12 +74,13 @@ class Checkpoint:
     def _from_index(self, index: Path) -> dict[str, Path]:
         try:
             weight_map = json.loads(index.read_text())["weight_map"]
-            located = {name: self.path / file for name, file in weight_map.items()}
+            every = {name: self.path / file for name, file in weight_map.items()}
+            located = {name: every[name] for name in files_of(weight_map, self.layers)}
         except (json.JSONDecodeError, KeyError, TypeError, AttributeError) as error:
             raise CheckpointError(f"{index} has no usable weight_map: {error}") from error
         for file in sorted(set(located.values())):
             present = set(self._open(file).keys())
-            named = {name for name, where in located.items() if where == file}
+            named = {name for name, where in every.items() if where == file}
             for name in sorted(named - present):
                 raise CheckpointError(
                     f"tensor {name}: {index.name} places it in {file}, which lacks it"
@@ -90,69 +115,68 @@ class Checkpoint:
             layer = _LAYER.match(name)
             if layer and int(layer[1]) >= num_layers:
                 continue
-            file = self._file_of[name]
-            if name.endswith("weight_scale_inv"):
-                raise CheckpointError(
-                    f"tensor {name} of {file}: FP8 checkpoints are not supported yet, "
-                    "use the bf16 one"
-                )
-            raise CheckpointError(
-                f"tensor {name} of {file} is surplus: "
-                "a model of this config.json has no such tensor"
+            weight = name.removesuffix(_SCALE)
+            if weight in layouts and weight != name and self._kind(weight) == _FP8:
+                continue
+            why = (
+                f"{weight} is not FP8"
+                if weight in layouts
+                else "a model of this config.json has no such tensor"
             )
+            raise CheckpointError(f"tensor {name} of {self._file_of[name]} is surplus: {why}")
         for name, layout in layouts.items():
-            file = self._file_of[name]
-            shape = tuple(self._open(file).get_slice(name).get_shape())
-            if shape != layout.shape:
+            self._expect_tensor(name, layout.shape)
+
+    def _expect_tensor(self, name: str, shape: tuple[int, ...]) -> None:
+        kind, where = self._kind(name), f"tensor {name} of {self._file_of[name]}"
+        found = tuple(self._slice(name).get_shape())
+        if found != shape:
+            raise CheckpointError(f"{where} has shape {found}, config.json implies {shape}")
+        if kind == _FP8:
+            if name + _SCALE not in self._file_of:
                 raise CheckpointError(
-                    f"tensor {name} of {file} has shape {shape}, config.json implies {layout.shape}"
+                    f"{where} is FP8, and its scales, tensor {name + _SCALE}, are missing"
                 )
-
-    def read(self, name: str, layout: TensorLayout) -> Tensor:
-        """This rank's slice of a tensor, in the stored dtype, on the CPU."""
-        file = self._file_of[name]
-        try:
-            tensor: Tensor = self._open(file).get_slice(name)[layout.slices]
-        except (SafetensorError, OSError) as error:
-            raise CheckpointError(f"tensor {name} of {file} cannot be read: {error}") from error
-        if not tensor.dtype.is_floating_point or tensor.dtype.itemsize < 2:
+            self._expect_tensor(name + _SCALE, fp8.scale_shape(shape))
+        elif kind not in _DTYPES:
             raise CheckpointError(
-                f"tensor {name} of {file} is {tensor.dtype}: expected float32, bfloat16 or float16"
+                f"{where} is {kind}: expected one of {', '.join(_DTYPES)}, or {_FP8} with scales"
             )
-        return tensor
 
+    @property
+    def is_fp8(self) -> bool:
+        """Whether some weights are stored in FP8."""
+        return any(self._kind(name) == _FP8 for name in self._file_of)
 
-def random_tensor(name: str, layout: TensorLayout, seed: int) -> Tensor:
-    """This rank's slice of a random float32 tensor that every rank draws alike.
+    def copy_into(self, target: Tensor, name: str, layout: TensorLayout) -> None:
+        """Read this rank's slice of a tensor into `target`, which has its shape; converts dtypes.
 
-    Matrices have entries of standard deviation 1 / sqrt(fan-in), so that activations keep their
-    scale; norms and router biases are small and never zero.
-    """
-    generator = torch.Generator().manual_seed(hash_name(f"{seed}:{name}"))
-    full = torch.randn(layout.shape, generator=generator)
-    return full[layout.slices].mul_(_scale(name, layout))
+        FP8 weights are multiplied by the scales of their blocks in float32.
+        """
+        rows = max(1, _PIECE // max(1, target[0].numel()))
+        first, *others = layout.slices
+        for start in range(first.start, first.stop, rows):
+            stop = min(start + rows, first.stop)
+            part = target[start - first.start : stop - first.start]
+            part.copy_(self._piece(name, (slice(start, stop), *others), part))
 
+    def _piece(self, name: str, slices: tuple[slice, ...], like: Tensor) -> Tensor:
+        """One slice: as stored, or if that is FP8, multiplied out to float32 on the device."""
+        try:
+            weight: Tensor = self._slice(name)[slices]
+            if self._kind(name) != _FP8:
+                return weight
+            scale: Tensor = self._slice(name + _SCALE)[fp8.scale_slices(slices)]
+        except (SafetensorError, OSError) as error:
+            raise CheckpointError(
+                f"tensor {name} of {self._file_of[name]} cannot be read: {error}"
+            ) from error
+        return fp8.dequantise(weight.to(like.device), scale.to(like.device), slices)
 
-def random_part(name: str, layout: TensorLayout, seed: int, device: torch.device) -> Tensor:
-    """The same for a rank that is simulated alone: its slice only, drawn on the device.
+    def _kind(self, name: str) -> str:
+        """The stored dtype, in safetensors' words."""
+        kind: str = self._slice(name).get_dtype()
+        return kind
 
-    One seed gives one tensor for each slice (and kind of device), of the same distribution as
-    `random_tensor`, but with other values: no whole tensor exists of which it is a part.
-    """
-    seed = hash_name(f"{seed}:{name}:{layout.slices}")
-    generator = torch.Generator(device).manual_seed(seed)
-    part = torch.randn(layout.local_shape, generator=generator, device=device)
-    return part.mul_(_scale(name, layout))
-
-
-def _scale(name: str, layout: TensorLayout) -> float:
-    if len(layout.shape) == 1:
-        return 0.1
-    return 1.0 if "embed_tokens" in name else layout.shape[-1] ** -0.5
-
-
-def hash_name(text: str) -> int:
-    """A seed from a text, the same in every process (Python's own hash is not)."""
-    import hashlib
-
-    return int.from_bytes(hashlib.sha256(text.encode()).digest()[:7], "big")
+    def _slice(self, name: str) -> Any:
+        return self._open(self._file_of[name]).get_slice(self._stored[name])

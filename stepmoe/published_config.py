@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any
 
 from stepmoe.config import RopeScaling
 from stepmoe.errors import ConfigError
+from stepmoe.fp8 import BLOCK
 
 if TYPE_CHECKING:
     from stepmoe.config import Step3p5Config
@@ -65,6 +66,12 @@ def parse(published: dict[str, Any]) -> dict[str, Any]:
                 f"attention_other_setting has {name} = {sliding[name]}, the full layers "
                 f"{published.get(name)}: stepmoe needs them equal"
             )
+    block = (published.get("quantization_config") or {}).get("weight_block_size", [BLOCK, BLOCK])
+    if list(block) != [BLOCK, BLOCK]:
+        raise ConfigError(
+            f"quantization_config has weight_block_size = {block}; stepmoe reads FP8 weights in "
+            f"blocks of {BLOCK} x {BLOCK}"
+        )
     heads = _field(published, "num_attention_heads")
     eos = published.get("eos_token_id")
     return {

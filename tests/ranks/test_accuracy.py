@@ -13,13 +13,13 @@ import torch
 
 import stepmoe as sm
 from stepmoe import mini
-from stepmoe.checkpoint import random_tensor
 from stepmoe.checkpoint_writer import save_pretrained
 from stepmoe.launch import rank_device
 from stepmoe.measure.answering import answer, where_time_goes
 from stepmoe.measure.source import load
 from stepmoe.measure.task import Task
 from stepmoe.parallel import tensor_layouts
+from stepmoe.random_weights import random_tensor
 
 ROOT = Path(__file__).parents[2]
 VOCABULARY = 61

@@ -15,9 +15,9 @@ from safetensors.torch import load_file
 from shapes import configs
 
 import stepmoe as sm
-from stepmoe.checkpoint import random_tensor
 from stepmoe.comm.groups import build_groups
 from stepmoe.parallel import tensor_layouts
+from stepmoe.random_weights import random_tensor
 
 TINY = Path(__file__).parents[1] / "step3p5-tiny-reference"
 REFERENCE = load_file(TINY / "reference.safetensors")

@@ -4,15 +4,18 @@ import json
 import shutil
 from pathlib import Path
 
+import oracle
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
 import stepmoe as sm
 from stepmoe.checkpoint import Checkpoint
+from stepmoe.layers import layer_numbers
 from stepmoe.parallel import tensor_layouts
 
 TINY = Path(__file__).parents[1] / "step3p5-tiny-reference"
+UP = "model.layers.1.moe.up_proj.weight"
 NORM = "model.layers.2.input_layernorm.weight"
 
 
@@ -57,9 +60,52 @@ def test_each_rank_reads_its_slice(folder):
     checkpoint = Checkpoint(folder)
     for rank in range(4):
         for name, layout in tensor_layouts(config, sm.ParallelConfig(4, 2), rank).items():
-            part = checkpoint.read(name, layout)
-            assert tuple(part.shape) == layout.local_shape
+            part = torch.full(layout.local_shape, torch.nan)
+            checkpoint.copy_into(part, name, layout)
             assert torch.equal(part, full[name][layout.slices])
+
+
+def test_a_tensor_in_many_pieces_is_whole(folder, monkeypatch):
+    monkeypatch.setattr("stepmoe.checkpoint._PIECE", 100)  # less than a row of some tensors
+    test_each_rank_reads_its_slice(folder)
+
+
+def test_some_layers_and_only_their_files(folder):
+    config = sm.Step3p5Config.from_pretrained(folder)
+    full = load_file(folder / "model.safetensors")
+    kept = full | {f"model.layers.{new}.{name}": tensor
+            for new, old in enumerate((2, 3))
+            for name, tensor in own(full, old).items()}  # fmt: skip
+    whole = config.with_layers(2, 3)
+    kept = {name: kept[name] for name in tensor_layouts(whole, sm.ParallelConfig(), 0)}
+    ids = torch.randint(256, (2, 7))
+    expected = oracle.forward(whole, kept, ids)["logits"]
+    files = {name: f"layer{name.split('.')[2]}" if ".layers." in name else "rest" for name in full}
+    (folder / "model.safetensors").unlink()
+    for file in ("layer2", "layer3", "rest"):  # the others were not downloaded
+        save_file({n: full[n] for n in full if files[n] == file}, folder / file)
+    (folder / "model.safetensors.index.json").write_text(json.dumps({"weight_map": files}))
+    with pytest.raises(sm.CheckpointError, match="layer0 is missing"):
+        sm.Step3p5ForCausalLM.from_pretrained(folder)
+    model = sm.Step3p5ForCausalLM.from_pretrained(folder, layers="2-3", dtype=torch.float64)
+    # float64, the same numbers: rounding, with room.
+    torch.testing.assert_close(model(ids), expected, atol=1e-9, rtol=1e-9)
+
+
+def own(tensors, layer):
+    prefix = f"model.layers.{layer}."
+    return {n.removeprefix(prefix): t for n, t in tensors.items() if n.startswith(prefix)}
+
+
+@pytest.mark.parametrize("layers", ["", "3-1", "a", "1,1", "1-2,2", [], [1.5], "-1"])
+def test_a_choice_of_layers_that_is_none(folder, layers):
+    with pytest.raises(sm.ConfigError, match="layers"):
+        sm.Step3p5ForCausalLM.from_pretrained(folder, layers=layers)
+
+
+def test_choices_of_layers():
+    assert layer_numbers("0,3-5") == (0, 3, 4, 5)
+    assert layer_numbers([4, 2]) == (4, 2)
 
 
 def test_prediction_layers_are_ignored(folder):
@@ -76,8 +122,8 @@ def test_prediction_layers_are_ignored(folder):
             {NORM: torch.ones(63)},
             rf"tensor {NORM} of .*model.safetensors has shape \(63,\).*\(64,\)",
         ),
-        ({NORM: torch.ones(64, dtype=torch.int32)}, f"tensor {NORM} of .* is torch.int32"),
-        ({"model.layers.1.moe.up_proj.weight_scale_inv": torch.ones(1)}, "FP8"),
+        ({NORM: torch.ones(64, dtype=torch.int32)}, f"tensor {NORM} of .* is I32"),
+        ({f"{UP}_scale_inv": torch.ones(1)}, f"{UP}_scale_inv of .* surplus: {UP} is not FP8"),
     ],
 )
 def test_a_wrong_tensor_is_named_with_its_file(folder, changes, message):

@@ -11,12 +11,12 @@ from safetensors.torch import load_file
 from shapes import configs
 
 import stepmoe as sm
-from stepmoe.checkpoint import random_tensor
 from stepmoe.config import LayerConfig
 from stepmoe.kernels.norm import gemma_rms_norm
 from stepmoe.model.experts import RoutedExperts
 from stepmoe.model.merged import published_views
 from stepmoe.parallel import tensor_layouts
+from stepmoe.random_weights import random_tensor
 
 TINY = Path(__file__).parents[1] / "step3p5-tiny-reference"
 REFERENCE = load_file(TINY / "reference.safetensors")

@@ -1,0 +1,40 @@
+"""Give a model that has shapes only its weights, tensor by published tensor."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+
+import torch
+from torch import Tensor, nn
+
+from stepmoe.launch.progress_bar import progress
+from stepmoe.model.merged import published_views
+from stepmoe.parallel import TensorLayout
+
+# Writes this rank's slice of a published tensor into the part of the model that it is given.
+Write = Callable[[Tensor, str, TensorLayout], object]
+
+_WORTH_A_BAR = 2**28  # bytes of one rank; fewer are read or drawn at once
+
+
+def fill_weights(
+    model: nn.Module,
+    layouts: Mapping[str, TensorLayout],
+    write: Write,
+    dtype: torch.dtype,
+    device: torch.device,
+) -> None:
+    """Reserve memory of `dtype` on `device` for every parameter, and write every tensor into it."""
+    state = {}
+    for name, parameter in model.state_dict().items():
+        # The router's bias only steers a choice between float32 scores.
+        is_bias = name.endswith("router_bias")
+        kept = torch.promote_types(dtype, torch.float32) if is_bias else dtype
+        state[name] = torch.empty(parameter.shape, dtype=kept, device=device)
+    model.load_state_dict(state, assign=True)
+    views = list(published_views(model).items())
+    size = sum(view.numel() * view.element_size() for _, view in views)
+    # A copy in memory of its own: a file's offsets give every tensor another alignment, and with it
+    # another order of summation in the matrix product.
+    for name, view in progress(views, desc="weights") if size > _WORTH_A_BAR else views:
+        write(view, name, layouts[name])

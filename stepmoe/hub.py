@@ -1,0 +1,88 @@
+"""A checkpoint by its name on the Hugging Face Hub: what is in the local cache, else downloaded."""
+
+from __future__ import annotations
+
+import json
+import re
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any
+
+from stepmoe.errors import CheckpointError
+
+INDEX, SINGLE = "model.safetensors.index.json", "model.safetensors"
+_NAME = re.compile(r"[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*")
+_LAYER = re.compile(r"model\.layers\.(\d+)\.")
+
+
+def locate(path: str | Path, layers: Sequence[int] | None = None) -> Path:
+    """A checkpoint's folder: `path` itself if it exists, or what the hub has under that name.
+
+    Nothing is asked of the network for files that are in the hub's cache.
+
+    Args:
+        path: a folder, a file, or a name such as "stepfun-ai/Step-3.5-Flash".
+        layers: only the files that hold these decoder layers are fetched; None means all.
+
+    Raises:
+        CheckpointError: a hub name, and huggingface_hub is not installed, the network is not there,
+            or the hub has no such model.
+    """
+    if Path(path).exists() or not _NAME.fullmatch(str(path)):
+        return Path(path)
+    get = _downloader(str(path))
+    folder = get("config.json").parent
+    try:
+        weight_map = json.loads(get(INDEX).read_text(encoding="utf-8"))["weight_map"]
+    except FileNotFoundError:
+        get(SINGLE)
+        return folder
+    for file in sorted(set(files_of(weight_map, layers).values())):
+        get(file)
+    return folder
+
+
+def files_of(weight_map: dict[str, str], layers: Sequence[int] | None) -> dict[str, str]:
+    """The part of an index that a model of these layers needs: tensor name to file."""
+    if layers is None:
+        return weight_map
+
+    def is_wanted(name: str) -> bool:
+        layer = _LAYER.match(name)
+        return layer is None or int(layer[1]) in layers
+
+    return {name: file for name, file in weight_map.items() if is_wanted(name)}
+
+
+def _downloader(name: str) -> Callable[[str], Path]:
+    """A function from a file's name to its path in the cache; FileNotFoundError: no such file."""
+    try:
+        hub: Any = __import__("huggingface_hub")
+        from huggingface_hub import errors
+    except ImportError as error:
+        raise CheckpointError(
+            f"{name} is no folder here. To look for it on the Hugging Face Hub: pip install "
+            "'stepmoe[hub]'; or give the folder of a downloaded checkpoint"
+        ) from error
+
+    def get(file: str) -> Path:
+        try:
+            return Path(hub.hf_hub_download(name, file, local_files_only=True))
+        except errors.LocalEntryNotFoundError:
+            pass
+        try:
+            return Path(hub.hf_hub_download(name, file))
+        except errors.RepositoryNotFoundError as error:
+            raise CheckpointError(
+                f"{name} is neither a folder here nor a model of the Hugging Face Hub that you may "
+                "read: check the spelling, or log in with `hf auth login`"
+            ) from error
+        except errors.LocalEntryNotFoundError as error:
+            raise CheckpointError(
+                f"{file} of {name} is not in the cache and the Hugging Face Hub cannot be reached: "
+                f"on a machine with network run `hf download {name}`, then give that folder"
+            ) from error
+        except errors.EntryNotFoundError as error:
+            raise FileNotFoundError(f"{name} has no {file}") from error
+
+    return get
