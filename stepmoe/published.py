@@ -1,7 +1,7 @@
 """Figures that others published, as data: what was timed, on which hardware, and where it is told.
 
-LATENCIES are times of one operation, GAINS are comparisons of whole runs. The numbers are the
-sources' own, rounded as there; what is not stated there is None.
+LATENCIES are times of one operation, GAINS are comparisons of whole runs, SCORES are accuracies.
+The numbers are the sources' own, rounded as there; what is not stated there is None.
 """
 
 from __future__ import annotations
@@ -64,6 +64,23 @@ class Gain:
     after: float | None = None
     unit: str = ""
     note: str = ""
+
+
+@dataclass(frozen=True)
+class Score:
+    """One published accuracy, to as many digits as it was printed.
+
+    Attributes:
+        what: the code that was run.
+        invalid: the share of answers that could not be read.
+    """
+
+    source: str
+    benchmark: str
+    what: str
+    questions: int
+    accuracy: float
+    invalid: float
 
 
 def _by_size(
@@ -153,6 +170,12 @@ GAINS: tuple[Gain, ...] = (
          "two steps by multicast for a ring's 2N - 2, all-reduce, up to", 2.0),
 )
 # fmt: on
+
+
+SCORES = (
+    Score("sglang #22773", "GSM8K", "before: three all-reduces", 1319, 0.875, 0.001),
+    Score("sglang #22773", "GSM8K", "after: deferred", 1319, 0.879, 0.001),
+)
 
 
 def latencies(

@@ -3,11 +3,13 @@
 Every function returns a matplotlib Figure: as the last line of a notebook cell it is shown.
 """
 
+from stepmoe.charts.accuracy import accuracy, flips, questions_needed
 from stepmoe.charts.collectives import collectives
 from stepmoe.charts.cost import cost_fit, roofline
 from stepmoe.charts.crossover import CrossoverPlot, crossover
 from stepmoe.charts.dataflow import dataflow
-from stepmoe.charts.depth import error_by_depth
+from stepmoe.charts.depth import error_by_depth, error_growth
+from stepmoe.charts.error import batch_invariance, logit_errors
 from stepmoe.charts.latency import latency, speedup, where_the_time_goes
 from stepmoe.charts.layout import layout
 from stepmoe.charts.profiled import profile_timeline
@@ -21,15 +23,21 @@ __all__ = [
     "HATCHES",
     "MARKERS",
     "CrossoverPlot",
+    "accuracy",
+    "batch_invariance",
     "collectives",
     "cost_fit",
     "crossover",
     "dataflow",
     "error_by_depth",
+    "error_growth",
+    "flips",
     "latency",
     "layer_steps",
     "layout",
+    "logit_errors",
     "profile_timeline",
+    "questions_needed",
     "roofline",
     "speedup",
     "steps",

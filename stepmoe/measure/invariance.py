@@ -40,9 +40,9 @@ def batch_invariance(
 ) -> pd.DataFrame:
     """Whether a sequence gets the same logits alone and in a batch.
 
-    One row a batch size. Columns: batch_size; same_bits: sequences whose logits are those they get
-    alone, bit for bit; sequences; those of `Distance`, the sequences alone being the reference;
-    ranks_agree. Arguments and errors are `numerical_error`'s.
+    One row a batch size. Columns: batch_size, order; same_bits: sequences whose logits are those
+    they get alone, bit for bit; sequences; those of `Distance`, the sequences alone being the
+    reference; ranks_agree. Arguments and errors are `numerical_error`'s.
 
     Args:
         input_ids: (sequences, length) int64.
@@ -84,6 +84,7 @@ def _invariance_here(
         same = [torch.equal(a, b) for a, b in zip(logits, alone, strict=True)]
         row = {
             "batch_size": size,
+            "order": order,
             "same_bits": sum(same),
             "sequences": len(same),
             **asdict(distance(logits, alone)),
