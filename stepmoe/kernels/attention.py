@@ -50,10 +50,10 @@ def decode_attention(
         (B, H d).
     """
     taken = min(int(position) + 1, keys.shape[2])
-    output = F.scaled_dot_product_attention(
-        query, keys[:, :, :taken], values[:, :, :taken], enable_gqa=True
-    )
-    return _gated(output, gate)
+    # The heads of a group stand where a sequence's tokens usually do: keys are read once for all.
+    grouped = query.reshape(query.shape[0], keys.shape[1], -1, query.shape[3])
+    output = F.scaled_dot_product_attention(grouped, keys[:, :, :taken], values[:, :, :taken])
+    return _gated(output.reshape(query.shape), gate)
 
 
 def _gated(output: Tensor, gate: Tensor) -> Tensor:

@@ -112,9 +112,12 @@ class DecoderLayer(nn.Module):
 
         def attend() -> Placed:
             x = hidden_states.tensor
-            output = x.new_zeros(x.shape)
-            if step.batch:
-                output[:num_own] = self.self_attn(x[:num_own], step.batch, step.start, cache)
+            if num_own == x.shape[0]:
+                output = self.self_attn(x, step.batch, step.start, cache)
+            else:  # padding, or no sequence at all
+                output = x.new_zeros(x.shape)
+                if step.batch:
+                    output[:num_own] = self.self_attn(x[:num_own], step.batch, step.start, cache)
             if self.attention_dp:
                 return hidden_states.with_(output)
             return self.comm.partial(output, "", self.index)
