@@ -22,10 +22,10 @@ NOTEBOOK = "01_one_layer"
     "need for its part, and which rows of B meet them?",
 )
 def columns_and_rows(attempt: Callable[..., Any]) -> None:
-    """Judges the pieces of A (in, F) and B (F, out) of every rank, F seldom a multiple of n."""
+    """Judges the pieces of A (in, F) and B (F, out) of every rank, whether F divides or not."""
     numbers, generator = fresh()
-    for n in (1, 3, 4, numbers.randint(5, 7)):
-        inner = n * numbers.randint(1, 4) + numbers.randrange(n)
+    for n, rest in ((1, 0), (3, 0), (4, 3), (numbers.randint(5, 7), numbers.randrange(5))):
+        inner = n * numbers.randint(1, 4) + rest
         a = torch.randn(5, inner, generator=generator, dtype=torch.float64)
         b = torch.randn(inner, 3, generator=generator, dtype=torch.float64)
         pieces = [call(attempt, a, b, rank, n) for rank in range(n)]
