@@ -21,6 +21,7 @@ from stepmoe.filling import Write, fill_weights
 from stepmoe.fp8 import DEQUANTISED
 from stepmoe.generation import generate
 from stepmoe.hub import locate
+from stepmoe.kernels.dispatch import WHY_REFERENCE, has_triton
 from stepmoe.launch.rank import rank_device
 from stepmoe.layers import layer_numbers
 from stepmoe.model.kv_cache import KVCache
@@ -199,6 +200,8 @@ class Step3p5ForCausalLM(nn.Module):
         check_input(self.config, input_ids, cache)
         for remark in self.remarks:
             note(remark)
+        if self.lm_head.weight.is_cuda and not has_triton():
+            note(WHY_REFERENCE)
         batch, length = input_ids.shape
         step, own_rows = self._step(batch, length, cache, capture)
         hidden_states = self._embed(input_ids.to(self.lm_head.weight.device), step, own_rows)

@@ -92,8 +92,8 @@ class Placed:
             )
         return self
 
-    def __add__(self, other: Placed) -> Placed:
-        """Sum of two tensors of one placement; partial + partial stays partial."""
+    def addable(self, other: Placed) -> Placed:
+        """Self, if the sum with `other` means something: one placement, over one group."""
         self.unspent("the sum")
         other.unspent("the sum")
         if self.placement != other.placement or self.group != other.group:
@@ -102,6 +102,11 @@ class Placed:
                 f"meaning. A complete value added to a partial sum would be counted "
                 f"{self.group.size} times by the reduction that follows; complete the sum first."
             )
+        return self
+
+    def __add__(self, other: Placed) -> Placed:
+        """Sum of two tensors of one placement; partial + partial stays partial."""
+        self.addable(other)
         return self.with_(self.tensor + other.tensor, name=f"{self.name} + {other.name}")
 
     def describe(self) -> str:

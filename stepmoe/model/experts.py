@@ -4,15 +4,16 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 
-import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 
 from stepmoe.config import LayerConfig, Step3p5Config
+from stepmoe.kernels.grouped import gate_up_swiglu, grouped_linear
+from stepmoe.kernels.permute import RowOrder, sort_by_expert, unpermute_rows
 from stepmoe.model.merged import empty_parameter
-from stepmoe.model.mlp import clamped_swiglu
 from stepmoe.model.router import Router
 from stepmoe.parallel import ParallelConfig
+
+FEW_CHOICES = 4096  # their rows take 32 MiB at hidden size 4096 in bfloat16
 
 
 class RoutedExperts(nn.Module):
@@ -30,47 +31,62 @@ class RoutedExperts(nn.Module):
         size_local = config.moe_intermediate_size // parallel.moe_tp
         self.gate = Router(config)
         self.router_bias = empty_parameter(config.num_experts)
-        self.gate_up_proj = GroupedLinear(
+        self.gate_up_proj = ExpertWeights(
             experts_local, config.hidden_size, {"gate_proj": size_local, "up_proj": size_local}
         )
-        self.down_proj = GroupedLinear(experts_local, size_local, {"down_proj": config.hidden_size})
+        self.down_proj = ExpertWeights(experts_local, size_local, {"down_proj": config.hidden_size})
         self.first_expert = rank // parallel.moe_tp * experts_local
+        self.ep = parallel.ep
         self.limit = layer.swiglu_limit
 
-    def forward(self, hidden_states: Tensor) -> Tensor:
-        """(T, D) complete to (T, D) partial."""
+    def forward(self, hidden_states: Tensor, onto: Tensor | None = None) -> Tensor:
+        """(T, D) complete to (T, D) partial; `onto` as in apply_experts."""
         topk_ids, topk_weights = self.gate(hidden_states, self.router_bias)
-        return self.apply_experts(hidden_states, topk_ids, topk_weights)
+        return self.apply_experts(hidden_states, topk_ids, topk_weights, onto)
 
     def apply_experts(
-        self, hidden_states: Tensor, topk_ids: Tensor, topk_weights: Tensor
+        self,
+        hidden_states: Tensor,
+        topk_ids: Tensor,
+        topk_weights: Tensor,
+        onto: Tensor | None = None,
     ) -> Tensor:
         """Weighted sum of the local experts: (T, D), (T, K) int64, (T, K) to (T, D) partial.
 
-        Rows are sorted by expert so that each expert is one block of a grouped matrix product; rows
-        of experts that other ranks hold are sorted behind the last block, which leaves them
-        unwritten, and are then set to zero. Nothing here waits for the device.
+        Rows are sorted by expert so that each expert is one block of a grouped matrix product.
+
+        Args:
+            onto: (T, D), added to the result, which may take over its memory.
         """
-        num_tokens, top_k = topk_ids.shape
-        experts_local = self.gate_up_proj.weight.shape[0]
-        local_ids = topk_ids.flatten() - self.first_expert
-        is_local = (local_ids >= 0) & (local_ids < experts_local)
-        sorted_ids, order = torch.where(is_local, local_ids, experts_local).sort(stable=True)
-        ends = torch.arange(1, experts_local + 1, device=sorted_ids.device)
-        offsets = torch.searchsorted(sorted_ids, ends).to(torch.int32)
-
-        rows = hidden_states[order // top_k]
-        gate, up = self.gate_up_proj(rows, offsets).chunk(2, dim=-1)
-        outputs = self.down_proj(clamped_swiglu(gate, up, self.limit), offsets)
-
-        by_token = torch.empty_like(outputs).index_copy_(0, order, outputs)
-        by_token = by_token.masked_fill_(~is_local[:, None], 0).view(num_tokens, top_k, -1)
-        weighted = by_token.to(topk_weights.dtype) * topk_weights[..., None]
-        return weighted.sum(dim=1).to(hidden_states.dtype)
+        order = sort_by_expert(topk_ids, self.first_expert, len(self.down_proj.weight))
+        starts = passes(order, self.ep)
+        for start in starts:
+            activated = gate_up_swiglu(
+                hidden_states, self.gate_up_proj.weight, order, start, starts.step, self.limit
+            )
+            rows = grouped_linear(activated, self.down_proj.weight, order, start)
+            onto = unpermute_rows(rows, order, topk_weights, start, onto)
+        return hidden_states.new_zeros(hidden_states.shape) if onto is None else onto
 
 
-class GroupedLinear(nn.Module):
-    """One matrix an expert, weight (E_local, out, in), applied to rows sorted by expert.
+def passes(order: RowOrder, ep: int) -> range:
+    """First row of every pass over this rank's rows; the step is how many a pass has room for.
+
+    On a GPU the host does not wait to learn how many rows there are. The first pass has room for a
+    quarter more than the average; the later ones, up to all choices of all tokens, find no row and
+    end at once unless the routing is badly out of balance. So memory is bounded, and however the
+    tokens are spread, none is dropped. Where all choices are few, one pass has room for them.
+    """
+    if not order.ends.is_cuda:
+        num_rows = int(order.ends[-1])
+        return range(0, num_rows, max(1, num_rows))
+    num_choices = order.positions.numel()
+    is_one = ep == 1 or num_choices <= FEW_CHOICES
+    return range(0, num_choices, max(1, num_choices) if is_one else -(-5 * num_choices // (4 * ep)))
+
+
+class ExpertWeights(nn.Module):
+    """One matrix an expert: weight (E_local, out, in).
 
     Args:
         parts: the published tensors it holds and the output features of each, as in MergedLinear.
@@ -80,18 +96,3 @@ class GroupedLinear(nn.Module):
         super().__init__()
         self.parts = dict(parts)
         self.weight = empty_parameter(num_experts, sum(parts.values()), in_features)
-
-    def forward(self, rows: Tensor, offsets: Tensor) -> Tensor:
-        """Apply expert e to rows offsets[e-1]:offsets[e] of (R, in); offsets (E_local,) int32.
-
-        Rows behind the last offset are left undefined. torch's grouped_mm wherever it exists;
-        float64, the oracle's dtype, has none and takes a loop.
-        """
-        if rows.dtype is not torch.float64:
-            return F.grouped_mm(rows, self.weight.transpose(-2, -1), offs=offsets)
-        outputs = rows.new_zeros(rows.shape[0], self.weight.shape[1])
-        start = 0
-        for weight, end in zip(self.weight, offsets.tolist(), strict=True):
-            outputs[start:end] = rows[start:end] @ weight.T
-            start = end
-        return outputs

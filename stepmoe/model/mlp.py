@@ -1,19 +1,11 @@
-"""Clamped SwiGLU, and the MLP that the dense layers and the shared expert have in common."""
+"""The SwiGLU MLP that the dense layers and the shared expert have in common."""
 
 from __future__ import annotations
 
-import torch.nn.functional as F
 from torch import Tensor, nn
 
+from stepmoe.kernels.swiglu import clamped_swiglu
 from stepmoe.model.merged import MergedLinear
-
-
-def clamped_swiglu(gate: Tensor, up: Tensor, limit: float | None) -> Tensor:
-    """silu(gate).clamp(max=limit) * up.clamp(-limit, limit), equal shapes; None: no clamp."""
-    activated = F.silu(gate)
-    if limit is not None:
-        activated, up = activated.clamp(max=limit), up.clamp(-limit, limit)
-    return activated * up
 
 
 class GatedMLP(nn.Module):
@@ -35,6 +27,6 @@ class GatedMLP(nn.Module):
 
     def forward(self, hidden_states: Tensor) -> Tensor:
         """(T, D) complete to (T, D) partial."""
-        gate, up = self.gate_up_proj(hidden_states).chunk(2, dim=-1)
-        result: Tensor = self.down_proj(clamped_swiglu(gate, up, self.limit))
+        gate_up = self.gate_up_proj(hidden_states)
+        result: Tensor = self.down_proj(clamped_swiglu(gate_up, self.limit))
         return result

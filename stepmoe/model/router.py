@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
-import torch
 from torch import Tensor, nn
 
 from stepmoe.config import Step3p5Config
+from stepmoe.kernels.routing import choose_experts, compute_logits
 from stepmoe.model.merged import empty_parameter
 
 
@@ -25,11 +25,7 @@ class Router(nn.Module):
         The bias takes part in the choice only; the chosen scores are normalised to sum 1, then
         scaled.
         """
-        wide = torch.promote_types(hidden_states.dtype, torch.float32)
-        router_logits = hidden_states.to(wide) @ self.weight.to(wide).T
-        scores = router_logits.sigmoid()
-        topk_ids = (scores + bias.to(wide)).topk(self.top_k, dim=-1).indices
-        topk_weights = scores.gather(-1, topk_ids)
-        if self.norm_topk_prob:
-            topk_weights = topk_weights / topk_weights.sum(-1, keepdim=True)
-        return topk_ids, topk_weights * self.scaling_factor
+        router_logits = compute_logits(hidden_states, self.weight)
+        return choose_experts(
+            router_logits, bias, self.top_k, self.norm_topk_prob, self.scaling_factor
+        )

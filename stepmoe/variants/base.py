@@ -15,6 +15,8 @@ from stepmoe.comm.communicator import Communicator
 from stepmoe.comm.ledger import Entry, record
 from stepmoe.comm.placement import Placed
 from stepmoe.config import Step3p5Config
+from stepmoe.kernels.dispatch import takes_kernel
+from stepmoe.kernels.norm import add_gemma_rms_norm
 from stepmoe.model.attention import Attention
 from stepmoe.model.experts import RoutedExperts
 from stepmoe.model.kv_cache import KVCache
@@ -94,9 +96,28 @@ class DecoderLayer(nn.Module):
         site = next((name for name, own in self.named_children() if own is norm), "final_norm")
         if residual is None:
             total = hidden_states.with_(hidden_states.tensor, name="residual")
+        elif takes_kernel(hidden_states.tensor, residual.tensor, norm.weight):
+            return self._add_norm_in_one_kernel(norm, hidden_states, residual, site)
         else:
             total = self._local("add", lambda: hidden_states + residual, "residual", site)
         normed = self._local("norm", lambda: total.with_(norm(total.tensor)), "hidden_states", site)
+        return normed, total
+
+    def _add_norm_in_one_kernel(
+        self, norm: GemmaRMSNorm, hidden_states: Placed, residual: Placed, site: str
+    ) -> tuple[Placed, Placed]:
+        """The same on a GPU. The ledger still has two steps; the first takes the time."""
+        made: list[Tensor] = []
+
+        def add_and_norm() -> Placed:
+            left, right = hidden_states.addable(residual).tensor, residual.tensor
+            made.extend(add_gemma_rms_norm(left, right, norm.weight, norm.eps))
+            return hidden_states.with_(made[1])
+
+        total = self._local("add", add_and_norm, "residual", site, "with the norm in one kernel")
+        normed = self._local(
+            "norm", lambda: total.with_(made[0]), "hidden_states", site, "in the kernel of the add"
+        )
         return normed, total
 
     def attention(self, hidden_states: Placed, step: Step) -> Placed:
@@ -146,10 +167,24 @@ class DecoderLayer(nn.Module):
             op, lambda: self.comm.partial(module(x.tensor), "", self.index), f"{op}_output"
         )
 
-    def _local(self, op: str, compute: Callable[[], Placed], name: str, site: str = "") -> Placed:
+    def _local(
+        self,
+        op: str,
+        compute: Callable[[], Placed],
+        name: str,
+        site: str = "",
+        implementation: str = "",
+    ) -> Placed:
         """Compute, name the result, and write the step to an open ledger."""
         layer = None if site == "final_norm" else self.index  # the last layer lends its add_norm
-        entry = Entry(op=op, kind="local", layer=layer, site=site, tensor=name)
+        entry = Entry(
+            op=op,
+            kind="local",
+            layer=layer,
+            site=site,
+            tensor=name,
+            implementation=implementation,
+        )
         with record(entry, self.input_layernorm.weight.device):
             result = compute()
             result.name, result.layer = name, self.index

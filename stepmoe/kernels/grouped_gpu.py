@@ -1,0 +1,191 @@
+"""grouped.py on the GPU: torch's grouped_mm for many rows, a Triton kernel for few.
+
+With a few rows an expert the product reads weights and does little else. grouped_mm's tiles, made
+for many rows, leave most of the GPU idle then; the kernel below cuts the weights into more pieces,
+reads the tokens where they are and ends in SwiGLU, so that nothing in between is written.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+import torch.nn.functional as F
+import triton
+import triton.language as tl
+from torch import Tensor
+from triton.tools.tensor_descriptor import TensorDescriptor
+
+from stepmoe.kernels import grouped
+from stepmoe.kernels.permute import RowOrder, permute_rows
+from stepmoe.kernels.swiglu import clamped_swiglu
+from stepmoe.kernels.swiglu_gpu import swiglu_entry
+
+FEW_ROWS = 4096  # choices up to which the Triton kernel runs
+
+
+@dataclass(frozen=True)
+class Tile:
+    """What one program computes: `rows` of an expert x `columns`, in steps of `depth` inputs."""
+
+    rows: int
+    columns: int
+    depth: int
+    warps: int
+    stages: int
+
+
+# Chosen by measurement on an H100.
+GATE_UP = Tile(rows=16, columns=32, depth=128, warps=4, stages=4)
+DOWN = Tile(rows=16, columns=64, depth=128, warps=4, stages=4)
+
+
+def gate_up_swiglu(
+    x: Tensor, weight: Tensor, order: RowOrder, start: int, count: int, limit: float | None
+) -> Tensor:
+    """See grouped.gate_up_swiglu."""
+    if _takes_triton(x, count):
+        output = x.new_empty(count, weight.shape[1] // 2)
+        launch(x.contiguous(), weight, order, start, output, GATE_UP, gathers=True, limit=limit)
+        return output
+    rows = permute_rows(x, order, start, count)
+    gate_up = grouped.grouped_linear(rows, weight, order, start)
+    return clamped_swiglu(gate_up, limit, _filled(order, start))
+
+
+def grouped_linear(rows: Tensor, weight: Tensor, order: RowOrder, start: int) -> Tensor:
+    """See grouped.grouped_linear."""
+    if _takes_triton(rows, len(rows)):
+        output = rows.new_empty(len(rows), weight.shape[1])
+        launch(rows.contiguous(), weight, order, start, output, DOWN)
+        return output
+    ends = order.ends_within(start, len(rows))
+    return F.grouped_mm(rows, weight.transpose(-2, -1), offs=ends)
+
+
+def _takes_triton(x: Tensor, count: int) -> bool:
+    return x.dtype is not torch.float32 and count <= FEW_ROWS
+
+
+def _filled(order: RowOrder, start: int) -> Tensor:
+    """Rows that a pass from `start` on has to compute, at least: int32 of one entry."""
+    return order.ends[-1:] - start
+
+
+def launch(
+    x: Tensor,
+    weight: Tensor,
+    order: RowOrder,
+    start: int,
+    output: Tensor,
+    tile: Tile,
+    *,
+    gathers: bool = False,
+    limit: float | None = None,
+) -> None:
+    """Run the kernel: output (count, N) from x (T, in) if it gathers, else from rows (count, in).
+
+    Where the weight has twice as many features as the output has columns, they are gate and up.
+    """
+    num_local, features, size = weight.shape
+    count, columns = output.shape
+    # An expert's last tile is partly empty, and no more experts have rows than there are rows.
+    tiles = triton.cdiv(count, tile.rows) + min(num_local, count)
+    blocks = triton.cdiv(columns, tile.columns)
+    _grouped[(blocks * tiles,)](
+        x,
+        order.choices,
+        order.ends,
+        TensorDescriptor.from_tensor(weight.view(-1, size), [tile.columns, tile.depth]),
+        output,
+        start,
+        count,
+        limit or 0.0,
+        COLUMNS=columns,
+        SIZE=size,
+        LOCAL=num_local,
+        BLOCK_E=triton.next_power_of_2(num_local),
+        TOP_K=order.positions.shape[1],
+        GATHERS=gathers,
+        SWIGLU=features == 2 * columns,
+        CLAMPS=limit is not None,
+        ROWS=tile.rows,
+        BLOCK=tile.columns,
+        DEPTH=tile.depth,
+        num_warps=tile.warps,
+        num_stages=tile.stages,
+    )
+
+
+@triton.jit
+def _find_tile(
+    tile, ends_ptr, start, count, LOCAL: tl.constexpr, BLOCK_E: tl.constexpr, ROWS: tl.constexpr
+):
+    """Expert, first row and end of its rows, for tile number `tile` of a pass; no row if past all.
+
+    Every expert with rows has ceil(rows / ROWS) tiles, one expert after the other.
+    """
+    expert = tl.arange(0, BLOCK_E)
+    ends = tl.load(ends_ptr + expert, mask=expert < LOCAL, other=0)
+    begins = tl.load(ends_ptr + expert - 1, mask=(expert > 0) & (expert < LOCAL), other=0)
+    ends = tl.minimum(tl.maximum(ends, start), start + count)
+    begins = tl.minimum(tl.maximum(begins, start), start + count)
+    tiles = (ends - begins + ROWS - 1) // ROWS
+    tiles_up_to = tl.cumsum(tiles, 0)
+    found = tl.sum((tiles_up_to <= tile).to(tl.int32), 0)
+    is_found = expert == found
+    first = tl.sum(tl.where(is_found, begins + (tile - tiles_up_to + tiles) * ROWS, 0), 0)
+    return found, first, tl.sum(tl.where(is_found, ends, 0), 0)
+
+
+@triton.jit
+def _grouped(
+    x_ptr,
+    choices_ptr,
+    ends_ptr,
+    weight,
+    output_ptr,
+    start,
+    count,
+    limit,
+    COLUMNS: tl.constexpr,
+    SIZE: tl.constexpr,
+    LOCAL: tl.constexpr,
+    BLOCK_E: tl.constexpr,
+    TOP_K: tl.constexpr,
+    GATHERS: tl.constexpr,
+    SWIGLU: tl.constexpr,
+    CLAMPS: tl.constexpr,
+    ROWS: tl.constexpr,
+    BLOCK: tl.constexpr,
+    DEPTH: tl.constexpr,
+):
+    """One program: a tile of ROWS rows of one expert and BLOCK columns of the output."""
+    blocks: tl.constexpr = (COLUMNS + BLOCK - 1) // BLOCK
+    expert, row, end = _find_tile(
+        tl.program_id(0) // blocks, ends_ptr, start, count, LOCAL, BLOCK_E, ROWS
+    )
+    if row < end:
+        rows = row + tl.arange(0, ROWS)
+        inside = rows < end
+        source = rows - start
+        if GATHERS:
+            source = tl.load(choices_ptr + rows, mask=inside, other=0) // TOP_K
+        x_rows = x_ptr + source.to(tl.int64)[:, None] * SIZE
+        first = tl.program_id(0) % blocks * BLOCK
+        # The matrices of all experts stand one below the other; up stands below gate.
+        top = expert * (2 * COLUMNS if SWIGLU else COLUMNS) + first
+        total = tl.zeros((ROWS, BLOCK), tl.float32)
+        up = tl.zeros((ROWS, BLOCK), tl.float32)
+        for begin in range(0, SIZE, DEPTH):
+            column = begin + tl.arange(0, DEPTH)[None, :]
+            x = tl.load(x_rows + column, mask=inside[:, None] & (column < SIZE), other=0.0)
+            total = tl.dot(x, weight.load([top, begin]).T, total)
+            if SWIGLU:
+                up = tl.dot(x, weight.load([top + COLUMNS, begin]).T, up)
+        if SWIGLU:
+            total = swiglu_entry(total, up, limit, CLAMPS)
+        columns = first + tl.arange(0, BLOCK)[None, :]
+        place = output_ptr + (rows - start).to(tl.int64)[:, None] * COLUMNS + columns
+        kept = inside[:, None] & (columns < COLUMNS)
+        tl.store(place, total.to(output_ptr.dtype.element_ty), mask=kept)

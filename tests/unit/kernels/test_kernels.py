@@ -1,0 +1,177 @@
+"""Every Triton kernel against its plain reference in float64: fresh inputs, uneven sizes.
+
+float16 and float32 here: the interpreter rounds to bfloat16 another way than a GPU does.
+"""
+
+import dataclasses
+
+import pytest
+import torch
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
+
+from stepmoe.kernels import grouped, norm, permute, routing, swiglu
+
+# The fixture is the same device for every example.
+examples = settings(
+    max_examples=12, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture]
+)
+DTYPES = st.sampled_from([torch.float32, torch.float16])
+SIZES = st.sampled_from([8, 40, 64, 104])
+
+
+def tolerance(dtype):
+    # Inputs of size 1 to 10: some roundings of 2^-24 or 2^-11 relative, and of the result.
+    return {"atol": 2e-5, "rtol": 1e-5} if dtype is torch.float32 else {"atol": 4e-3, "rtol": 4e-3}
+
+
+def drawn(data, *shape, dtype, device, scale=1.0):
+    generator = torch.Generator().manual_seed(data.draw(st.integers(0, 2**30)))
+    return (torch.randn(*shape, generator=generator) * scale).to(device, dtype)
+
+
+def close(found, expected, dtype):
+    torch.testing.assert_close(found.double(), expected.double(), **tolerance(dtype))
+
+
+@examples
+@given(data=st.data())
+def test_norm_alone_and_with_the_add(device, data):
+    from stepmoe.kernels import norm_gpu
+
+    dtype, size = data.draw(DTYPES), data.draw(SIZES)
+    rows = data.draw(st.integers(1, 150))
+    x, residual = (drawn(data, rows, size, dtype=dtype, device=device, scale=3) for _ in range(2))
+    weight = drawn(data, size, dtype=torch.float32, device=device, scale=0.3)
+    eps = data.draw(st.sampled_from([1e-5, 1e-1]))
+    expected = norm.gemma_rms_norm(x.double(), weight.double(), eps)
+    close(norm_gpu.gemma_rms_norm(x, weight, eps), expected, dtype)
+    wide = torch.cat((x, residual), dim=1)  # rows that are not contiguous
+    close(norm_gpu.gemma_rms_norm(wide[:, :size], weight, eps), expected, dtype)
+    normed, total = norm_gpu.add_gemma_rms_norm(x, residual, weight, eps)
+    assert torch.equal(total, x + residual), "the sum is rounded once, as torch rounds it"
+    close(normed, norm.gemma_rms_norm(total.double(), weight.double(), eps), dtype)
+
+
+@examples
+@given(data=st.data())
+def test_clamped_swiglu(device, data):
+    from stepmoe.kernels import swiglu_gpu
+
+    dtype, size = data.draw(DTYPES), data.draw(SIZES)
+    rows, limit = data.draw(st.integers(1, 90)), data.draw(st.sampled_from([None, 0.4, 2.0]))
+    gate_up = drawn(data, rows, 2 * size, dtype=dtype, device=device, scale=3)
+    expected = swiglu.clamped_swiglu(gate_up.double(), limit)
+    close(swiglu_gpu.clamped_swiglu(gate_up, limit), expected, dtype)
+    filled = data.draw(st.integers(0, rows))
+    count = torch.tensor([filled], dtype=torch.int32, device=device)
+    found = swiglu_gpu.clamped_swiglu(gate_up, limit, count)
+    close(found[:filled], expected[:filled], dtype)
+
+
+@examples
+@given(data=st.data())
+def test_choice_of_experts(device, data):
+    from stepmoe.kernels import routing_gpu
+
+    tokens, experts = data.draw(st.integers(1, 20)), data.draw(st.integers(1, 40))
+    top_k = data.draw(st.integers(1, min(9, experts)))
+    logits = drawn(data, tokens, experts, dtype=torch.float32, device=device, scale=2)
+    bias = drawn(data, experts, dtype=torch.float32, device=device, scale=0.5)
+    rule = (top_k, data.draw(st.booleans()), data.draw(st.sampled_from([1.0, 3.0])))
+    expected_ids, expected_weights = routing.choose_experts(logits.double(), bias, *rule)
+    ids, weights = routing_gpu.choose_experts(logits, bias, *rule)
+    # Equal choices although the scores differ by 1e-7: a tie that near has a chance of 1e-5 here.
+    assert torch.equal(ids, expected_ids)
+    close(weights, expected_weights, torch.float32)
+
+
+def test_equal_scores_go_to_the_lower_expert(device):
+    from stepmoe.kernels import routing_gpu
+
+    logits = torch.tensor([[0.5, 1.0, 1.0, 0.5, 1.0]], device=device)
+    ids, _ = routing_gpu.choose_experts(logits, torch.zeros(5, device=device), 4, True, 1.0)
+    assert ids.tolist() == [[1, 2, 4, 0]]
+
+
+def routed(data, device, max_tokens=150):
+    """Some tokens' choices; which experts are local; sometimes everyone wants the same ones."""
+    tokens, experts = data.draw(st.integers(1, max_tokens)), data.draw(st.integers(2, 40))
+    top_k, num_local = data.draw(st.integers(1, 2)), data.draw(st.integers(1, experts))
+    first = data.draw(st.integers(0, experts - num_local))
+    scores = drawn(data, tokens, experts, dtype=torch.float32, device=device)
+    if data.draw(st.booleans()):
+        scores[:, data.draw(st.integers(0, experts - 1))] += 100
+    return scores.topk(top_k, dim=-1).indices, first, num_local
+
+
+@examples
+@given(data=st.data())
+def test_order_and_the_rows_there_and_back(device, data):
+    from stepmoe.kernels import permute_gpu
+
+    ids, first, num_local = routed(data, device)
+    expected = permute.sort_by_expert(ids.cpu(), first, num_local)
+    order = permute_gpu.sort_by_expert(ids, first, num_local)
+    for field in dataclasses.fields(order):
+        assert torch.equal(getattr(order, field.name).cpu(), getattr(expected, field.name))
+
+    dtype, size = data.draw(DTYPES), data.draw(SIZES)
+    x = drawn(data, len(ids), size, dtype=dtype, device=device)
+    weights = drawn(data, *ids.shape, dtype=torch.float32, device=device)
+    start, count = data.draw(st.integers(0, ids.numel())), data.draw(st.integers(1, ids.numel()))
+    filled = max(0, min(count, int(order.ends[-1]) - start))
+    rows = permute_gpu.permute_rows(x, order, start, count)
+    assert torch.equal(rows[:filled], permute.permute_rows(x, order, start, count)[:filled])
+
+    rows[filled:] = torch.nan  # what nobody computed must not be read
+    onto = x * 2 if data.draw(st.booleans()) else None
+    wide = None if onto is None else onto.double()
+    expected = permute.unpermute_rows(rows.double(), order, weights.double(), start, wide)
+    close(permute_gpu.unpermute_rows(rows, order, weights, start, onto), expected, dtype)
+
+
+@examples
+@given(data=st.data())
+def test_grouped_products(device, data):
+    from stepmoe.kernels import grouped_gpu
+
+    ids, first, num_local = routed(data, device, max_tokens=60)
+    order = permute.sort_by_expert(ids, first, num_local)
+    size, inner, limit = data.draw(SIZES), data.draw(SIZES), data.draw(st.sampled_from([None, 0.4]))
+    half = {"dtype": torch.float16, "device": device}
+    x = drawn(data, len(ids), size, **half)
+    up = drawn(data, num_local, 2 * inner, size, scale=size**-0.5, **half)
+    down = drawn(data, num_local, size, inner, scale=inner**-0.5, **half)
+    start, count = data.draw(st.integers(0, ids.numel())), data.draw(st.integers(1, ids.numel()))
+    filled = max(0, min(count, int(order.ends[-1]) - start))
+
+    expected = grouped.gate_up_swiglu(x.double(), up.double(), order, start, count, limit)
+    found = grouped_gpu.gate_up_swiglu(x, up, order, start, count, limit)
+    close(found[:filled], expected[:filled], torch.float16)
+    found[filled:] = 0
+    expected = grouped.grouped_linear(found.double(), down.double(), order, start)
+    found = grouped_gpu.grouped_linear(found, down, order, start)
+    close(found[:filled], expected[:filled], torch.float16)
+
+
+def test_dispatch_keeps_the_cpu_and_float64_on_the_reference():
+    from stepmoe.kernels.dispatch import takes_kernel
+
+    assert not takes_kernel(torch.ones(2), 3, None)
+    assert not takes_kernel(torch.ones(2, dtype=torch.float64), torch.ones(2, dtype=torch.int64))
+    assert not takes_kernel(1, 2.0)
+
+
+@pytest.mark.cuda
+def test_dispatch_on_a_gpu():
+    from stepmoe.kernels.dispatch import takes_kernel
+
+    x = torch.ones(2, device="cuda")
+    assert takes_kernel(x, 3, None)
+    assert not takes_kernel(x, torch.ones(2)), "one tensor elsewhere"
+    assert not takes_kernel(x.double())
+    watched = x.clone().requires_grad_()
+    assert not takes_kernel(watched), "the kernels have no backward"
+    with torch.no_grad():
+        assert takes_kernel(watched)
