@@ -74,7 +74,7 @@ class Step3p5ForCausalLM(nn.Module):
         self.config, self.parallel, self.layer_class = config, parallel, layer
         self.groups = build_groups(parallel)
         self.comm = Communicator(self.groups["tp"])
-        self.remarks: list[str] = []  # about the weights, for the ledger of every pass
+        self.remarks: list[str] = []  # for the ledger of every pass
         with torch.device("meta"):
             self.model = DecoderStack(config, parallel, layer, self.comm)
             self.lm_head = nn.Linear(config.hidden_size, config.vocab_size, bias=False)
@@ -167,6 +167,8 @@ class Step3p5ForCausalLM(nn.Module):
         model = cls(config, variant, parallel or ParallelConfig(tp=world_size()), dtype)
         layouts = tensor_layouts(config, model.parallel, model.comm.group.index)
         fill_weights(model, layouts, write, dtype, device)
+        if device.type == "cuda" and not has_triton():
+            model.remarks.append(WHY_REFERENCE)
         return model.requires_grad_(False)
 
     def new_cache(self, capacity: int = 0) -> KVCache:
@@ -200,8 +202,6 @@ class Step3p5ForCausalLM(nn.Module):
         check_input(self.config, input_ids, cache)
         for remark in self.remarks:
             note(remark)
-        if self.lm_head.weight.is_cuda and not has_triton():
-            note(WHY_REFERENCE)
         batch, length = input_ids.shape
         step, own_rows = self._step(batch, length, cache, capture)
         hidden_states = self._embed(input_ids.to(self.lm_head.weight.device), step, own_rows)

@@ -30,7 +30,7 @@ def fill_weights(
         # The router's bias only steers a choice between float32 scores.
         is_bias = name.endswith("router_bias")
         kept = torch.promote_types(dtype, torch.float32) if is_bias else dtype
-        state[name] = torch.empty(parameter.shape, dtype=kept, device=device)
+        state[name] = torch.zeros(parameter.shape, dtype=kept, device=device)
     model.load_state_dict(state, assign=True)
     views = list(published_views(model).items())
     size = sum(view.numel() * view.element_size() for _, view in views)

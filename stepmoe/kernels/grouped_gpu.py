@@ -1,8 +1,9 @@
-"""grouped.py on the GPU: torch's grouped_mm for many rows, a Triton kernel for few.
+"""grouped.py on the GPU: a Triton kernel, and torch's grouped_mm for the second half of many rows.
 
-With a few rows an expert the product reads weights and does little else. grouped_mm's tiles, made
-for many rows, leave most of the GPU idle then; the kernel below cuts the weights into more pieces,
-reads the tokens where they are and ends in SwiGLU, so that nothing in between is written.
+The kernel reads the tokens where they are and ends in SwiGLU: no copy of the tokens and no output
+of gate and up is ever written. With a few rows an expert the product reads weights and does little
+else; grouped_mm's tiles, made for many rows, leave much of the GPU idle then, and the kernel's cut
+the weights into more pieces.
 """
 
 from __future__ import annotations
@@ -21,7 +22,7 @@ from stepmoe.kernels.permute import RowOrder, permute_rows
 from stepmoe.kernels.swiglu import clamped_swiglu
 from stepmoe.kernels.swiglu_gpu import swiglu_entry
 
-FEW_ROWS = 4096  # choices up to which the Triton kernel runs
+FEW_ROWS = 4096  # most rows of a pass for which tiles of 16 rows are the best
 
 
 @dataclass(frozen=True)
@@ -35,41 +36,34 @@ class Tile:
     stages: int
 
 
-# Chosen by measurement on an H100.
-GATE_UP = Tile(rows=16, columns=32, depth=128, warps=4, stages=4)
-DOWN = Tile(rows=16, columns=64, depth=128, warps=4, stages=4)
+# Chosen by measurement on an H100: notebooks/results/h100_tuning.md.
+GATE_UP_FEW = Tile(rows=16, columns=32, depth=256, warps=4, stages=3)
+GATE_UP_MANY = Tile(rows=128, columns=128, depth=64, warps=8, stages=4)
+DOWN_FEW = Tile(rows=16, columns=128, depth=128, warps=4, stages=3)
 
 
 def gate_up_swiglu(
     x: Tensor, weight: Tensor, order: RowOrder, start: int, count: int, limit: float | None
 ) -> Tensor:
     """See grouped.gate_up_swiglu."""
-    if _takes_triton(x, count):
-        output = x.new_empty(count, weight.shape[1] // 2)
-        launch(x.contiguous(), weight, order, start, output, GATE_UP, gathers=True, limit=limit)
-        return output
-    rows = permute_rows(x, order, start, count)
-    gate_up = grouped.grouped_linear(rows, weight, order, start)
-    return clamped_swiglu(gate_up, limit, _filled(order, start))
+    if x.dtype is torch.float32:
+        rows = permute_rows(x, order, start, count)
+        gate_up = grouped.grouped_linear(rows, weight, order, start)
+        return clamped_swiglu(gate_up, limit, order.ends[-1:] - start)
+    output = x.new_empty(count, weight.shape[1] // 2)
+    tile = GATE_UP_FEW if count <= FEW_ROWS else GATE_UP_MANY
+    launch(x.contiguous(), weight, order, start, output, tile, gathers=True, limit=limit)
+    return output
 
 
 def grouped_linear(rows: Tensor, weight: Tensor, order: RowOrder, start: int) -> Tensor:
     """See grouped.grouped_linear."""
-    if _takes_triton(rows, len(rows)):
-        output = rows.new_empty(len(rows), weight.shape[1])
-        launch(rows.contiguous(), weight, order, start, output, DOWN)
-        return output
-    ends = order.ends_within(start, len(rows))
-    return F.grouped_mm(rows, weight.transpose(-2, -1), offs=ends)
-
-
-def _takes_triton(x: Tensor, count: int) -> bool:
-    return x.dtype is not torch.float32 and count <= FEW_ROWS
-
-
-def _filled(order: RowOrder, start: int) -> Tensor:
-    """Rows that a pass from `start` on has to compute, at least: int32 of one entry."""
-    return order.ends[-1:] - start
+    if rows.dtype is torch.float32 or len(rows) > FEW_ROWS:
+        ends = order.ends_within(start, len(rows))
+        return F.grouped_mm(rows, weight.transpose(-2, -1), offs=ends)
+    output = rows.new_empty(len(rows), weight.shape[1])
+    launch(rows.contiguous(), weight, order, start, output, DOWN_FEW)
+    return output
 
 
 def launch(

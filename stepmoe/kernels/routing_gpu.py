@@ -7,8 +7,6 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-_TOKENS = 4  # of one program
-
 
 def compute_logits(hidden_states: Tensor, weight: Tensor) -> Tensor:
     """See routing.compute_logits.
@@ -29,19 +27,19 @@ def choose_experts(
     ids = torch.empty(num_tokens, top_k, dtype=torch.int64, device=logits.device)
     weights = torch.empty(num_tokens, top_k, dtype=torch.float32, device=logits.device)
     if num_tokens:
-        _choose[(triton.cdiv(num_tokens, _TOKENS),)](
+        block_k = max(2, triton.next_power_of_2(top_k))
+        _choose[(num_tokens,)](
             logits.contiguous(),
             bias.float(),
             ids,
             weights,
-            num_tokens,
             scaling_factor,
             EXPERTS=num_experts,
             TOP_K=top_k,
             NORMALISES=normalises,
-            TOKENS=_TOKENS,
-            BLOCK=triton.next_power_of_2(num_experts),
-            BLOCK_K=triton.next_power_of_2(top_k),
+            BLOCK=max(block_k, triton.next_power_of_2(num_experts)),
+            BLOCK_K=block_k,
+            num_warps=1,
         )
     return ids, weights
 
@@ -52,36 +50,39 @@ def _choose(
     bias_ptr,
     ids_ptr,
     weights_ptr,
-    num_tokens,
     scaling_factor,
     EXPERTS: tl.constexpr,
     TOP_K: tl.constexpr,
     NORMALISES: tl.constexpr,
-    TOKENS: tl.constexpr,
     BLOCK: tl.constexpr,
     BLOCK_K: tl.constexpr,
 ):
-    """One program: TOKENS tokens. K times, take the best expert and strike it off."""
-    token = (tl.program_id(0) * TOKENS + tl.arange(0, TOKENS))[:, None]
-    expert = tl.arange(0, BLOCK)[None, :]
-    inside = (token < num_tokens) & (expert < EXPERTS)
-    logits = tl.load(logits_ptr + token * EXPERTS + expert, mask=inside, other=0.0)
-    scores = 1.0 / (1.0 + tl.exp(-logits.to(tl.float32)))
-    bias = tl.load(bias_ptr + expert, mask=expert < EXPERTS, other=0.0)
-    biased = tl.where(expert < EXPERTS, scores + bias, -float("inf"))
+    """One program: one token."""
+    logits_ptr += tl.program_id(0).to(tl.int64) * EXPERTS
+    expert = tl.arange(0, BLOCK)
+    inside = expert < EXPERTS
+    logits = tl.load(logits_ptr + expert, mask=inside, other=0.0).to(tl.float32)
+    biased = _sigmoid(logits) + tl.load(bias_ptr + expert, mask=inside, other=0.0)
 
-    place = tl.arange(0, BLOCK_K)[None, :]
-    chosen = tl.zeros((TOKENS, BLOCK_K), tl.int32)
-    weights = tl.zeros((TOKENS, BLOCK_K), tl.float32)
-    for k in tl.static_range(TOP_K):
-        best = tl.argmax(biased, axis=1)[:, None]
-        score = tl.sum(tl.where(expert == best, scores, 0.0), axis=1)[:, None]
-        chosen = tl.where(place == k, best, chosen)
-        weights = tl.where(place == k, score, weights)
-        biased = tl.where(expert == best, -float("inf"), biased)
+    # Score and expert in one integer, so that one top-k finds both. The bits of a float order like
+    # an integer once those of a negative one are flipped; below them, the lower expert is greater.
+    bits = biased.to(tl.int32, bitcast=True)
+    ordered = bits ^ ((bits >> 31) & 0x7FFFFFFF)
+    key = (ordered.to(tl.int64) << 32) | (BLOCK - 1 - expert).to(tl.int64)
+    key = tl.where(inside, key, -0x8000000000000000)
+    chosen = BLOCK - 1 - (tl.topk(key, BLOCK_K) & 0xFFFFFFFF).to(tl.int32)
+
+    place = tl.arange(0, BLOCK_K)
+    kept = place < TOP_K
+    logit = tl.load(logits_ptr + chosen, mask=kept, other=-float("inf"))
+    weights = _sigmoid(logit.to(tl.float32))
     if NORMALISES:
-        weights /= tl.sum(weights, axis=1)[:, None]
+        weights /= tl.sum(weights, axis=0)
+    start = tl.program_id(0).to(tl.int64) * TOP_K
+    tl.store(ids_ptr + start + place, chosen.to(tl.int64), mask=kept)
+    tl.store(weights_ptr + start + place, weights * scaling_factor, mask=kept)
 
-    kept = (token < num_tokens) & (place < TOP_K)
-    tl.store(ids_ptr + token * TOP_K + place, chosen.to(tl.int64), mask=kept)
-    tl.store(weights_ptr + token * TOP_K + place, weights * scaling_factor, mask=kept)
+
+@triton.jit
+def _sigmoid(x):
+    return 1.0 / (1.0 + tl.exp(-x))

@@ -38,7 +38,7 @@ def test_the_ranks_cover_every_tensor_evenly(data):
 @settings(max_examples=20, deadline=None)
 @given(data=st.data())
 def test_merged_weights_show_every_published_tensor_of_the_rank(data):
-    """Each number of each parameter belongs to exactly one published tensor."""
+    """Each number of each parameter belongs to one published tensor; a merged one is filled up."""
     tp = data.draw(st.sampled_from([1, 2, 4]))
     config, variant = data.draw(configs(tp)), data.draw(st.sampled_from(sm.VARIANTS))
     parallel = sm.ParallelConfig(tp, data.draw(st.sampled_from([e for e in (1, 2, 4) if e <= tp])))
@@ -55,7 +55,12 @@ def test_merged_weights_show_every_published_tensor_of_the_rank(data):
         parameter.data.zero_()
     for view in views.values():
         view += 1
-    assert all(parameter.eq(1).all() for parameter in stack.parameters())
+    for name, parameter in stack.named_parameters():
+        # Behind the parts of a merged weight stand less than 8 rows of zeros.
+        is_matrix = parameter.dim() == 2
+        kept = parameter[: int(parameter.any(dim=-1).sum())] if is_matrix else parameter
+        assert kept.eq(1).all(), name
+        assert len(parameter) - len(kept) < 8, name
 
 
 def test_layout_of_the_published_launch():
