@@ -19,7 +19,7 @@ from stepmoe.comm.placement import Placed
 from stepmoe.config import Step3p5Config
 from stepmoe.filling import Write, fill_weights
 from stepmoe.fp8 import DEQUANTISED
-from stepmoe.generation import generate
+from stepmoe.generation import DecodeGraph, generate
 from stepmoe.hub import locate
 from stepmoe.kernels.dispatch import WHY_REFERENCE, has_triton
 from stepmoe.launch.rank import rank_device
@@ -78,6 +78,7 @@ class Step3p5ForCausalLM(nn.Module):
         with torch.device("meta"):
             self.model = DecoderStack(config, parallel, layer, self.comm)
             self.lm_head = nn.Linear(config.hidden_size, config.vocab_size, bias=False)
+        self.decode_graph: DecodeGraph | None = None
         self.requires_grad_(False)
 
     @classmethod
@@ -227,7 +228,9 @@ class Step3p5ForCausalLM(nn.Module):
         """Greedy continuation: (batch, length) to (batch, length + at most max_new_tokens).
 
         Ends early when every sequence has produced an end-of-sequence token; a sequence that ended
-        before the others is filled up with that token.
+        before the others is filled up with that token. On a GPU the steps after the prefill replay
+        one CUDA graph, which the model keeps, with its cache, for the next call with this batch
+        size; where ranks that share a GPU cannot, an open ledger's notes say so.
         """
         check_generate(self.config, input_ids, max_new_tokens)
         return generate(self, input_ids.to(self.lm_head.weight.device), max_new_tokens)

@@ -1,16 +1,29 @@
-"""Greedy decoding: the prompt in one pass, then a token a step."""
+"""Greedy decoding: the prompt in one pass, then a token a step, on a GPU by replaying a CUDA graph.
+
+A decode step is some hundred small kernels, and to launch them one by one takes the host longer
+than the GPU needs to run them. A CUDA graph launches all of them at once. It replays the same
+kernels on the same memory, so tokens, cache slots and the position stay in place, on the device.
+"""
 
 from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
 import torch
+import torch.distributed as dist
 from torch import Tensor
 
+from stepmoe.comm.ledger import Entry, note, record, repeat, untimed
+from stepmoe.kernels.dispatch import takes_kernel
 from stepmoe.model.kv_cache import KVCache
 
 if TYPE_CHECKING:
     from stepmoe.causal_lm import Step3p5ForCausalLM
+
+REPLAYED = (
+    "decode steps were replayed from a CUDA graph: their collectives are listed with 0 seconds, "
+    "and the time of a whole step is that of the local step decode_graph"
+)
 
 
 def generate(model: Step3p5ForCausalLM, input_ids: Tensor, max_new_tokens: int) -> Tensor:
@@ -20,9 +33,12 @@ def generate(model: Step3p5ForCausalLM, input_ids: Tensor, max_new_tokens: int) 
     ended = torch.zeros(batch, 1, dtype=torch.bool, device=input_ids.device)
     tokens = input_ids.new_empty(batch, length + max_new_tokens)
     tokens[:, :length] = input_ids
-    cache, new = model.new_cache(length + max_new_tokens), input_ids
+    graph = graph_for(model, batch, length + max_new_tokens)
+    cache = graph.cache if graph else model.new_cache(length + max_new_tokens)
+    new = next_tokens(model, input_ids, cache)
     for end in range(length, length + max_new_tokens):
-        new = next_tokens(model, new, cache)
+        if end > length:
+            new = graph.step(new) if graph else next_tokens(model, new, cache)
         if len(eos):
             new = torch.where(ended, eos[0], new)
             ended |= torch.isin(new, eos)
@@ -35,3 +51,72 @@ def generate(model: Step3p5ForCausalLM, input_ids: Tensor, max_new_tokens: int) 
 def next_tokens(model: Step3p5ForCausalLM, tokens: Tensor, cache: KVCache) -> Tensor:
     """The likeliest next token of each sequence: (batch, L) new tokens to (batch, 1)."""
     return model(tokens, cache, last_only=True).argmax(-1)
+
+
+class DecodeGraph:
+    """One decode step of `batch` sequences, captured once; `step` replays it.
+
+    Attributes:
+        cache: what it reads and writes; prefill it, and clear it before the next prompt.
+        capacity: tokens of a sequence that the cache holds; a graph cannot make it grow.
+    """
+
+    def __init__(self, model: Step3p5ForCausalLM, batch: int, capacity: int) -> None:
+        device = model.lm_head.weight.device
+        self.batch, self.capacity = batch, capacity
+        self.cache = model.new_cache(capacity)
+        self._tokens = torch.zeros(batch, 1, dtype=torch.int64, device=device)
+        self._graph = torch.cuda.CUDAGraph()
+        # Kernels are compiled and libraries set up in ordinary steps, on a stream of their own as
+        # torch asks of what comes before a capture.
+        stream = torch.cuda.Stream(device)
+        stream.wait_stream(torch.cuda.current_stream(device))
+        with untimed() as self._captured, torch.cuda.stream(stream):
+            for _ in range(2):
+                next_tokens(model, self._tokens, self.cache)
+            self.cache.clear()
+            self._captured.steps.clear()
+            # Other threads, NCCL's watchdog for one, may ask CUDA meanwhile.
+            with torch.cuda.graph(self._graph, capture_error_mode="thread_local"):
+                self._next = next_tokens(model, self._tokens, self.cache)
+        torch.cuda.current_stream(device).wait_stream(stream)
+        self.cache.clear()
+
+    def step(self, tokens: Tensor) -> Tensor:
+        """One new token (batch, 1) of each sequence in, the next one out."""
+        self._tokens.copy_(tokens)
+        with record(Entry("decode_graph", "local", None), tokens.device):
+            self._graph.replay()
+        self.cache.length += 1
+        repeat(self._captured)
+        note(REPLAYED)
+        return self._next.clone()
+
+
+def graph_for(model: Step3p5ForCausalLM, batch: int, capacity: int) -> DecodeGraph | None:
+    """The model's decode graph with an empty cache; None where decode steps run one by one.
+
+    The model keeps one: another batch size, or more tokens than it has slots for, replace it.
+    """
+    weight = model.lm_head.weight
+    if not weight.is_cuda:
+        return None
+    if reason := _why_not(model):
+        note(f"decode steps ran without a CUDA graph: {reason}")
+        return None
+    kept = model.decode_graph
+    if kept is None or kept.batch != batch or kept.capacity < capacity:
+        model.decode_graph = None  # free its memory first
+        model.decode_graph = kept = DecodeGraph(model, batch, capacity)
+    kept.cache.clear()
+    return kept
+
+
+def _why_not(model: Step3p5ForCausalLM) -> str:
+    """What keeps a decode step of this model from being captured; empty if nothing does."""
+    group = model.comm.group
+    if not takes_kernel(model.lm_head.weight):
+        return "it needs kernels that only Triton in float32, bfloat16 or float16 provides"
+    if group.process_group is not None and dist.get_backend(group.process_group) != "nccl":
+        return f"the ranks of {group} communicate over gloo, which copies through the host"
+    return ""

@@ -17,73 +17,12 @@ from collections import Counter
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass, field, replace
-from typing import Any, Literal
+from typing import Any
 
 import torch
 
+from stepmoe.comm.entry import Entry as Entry
 from stepmoe.comm.groups import RankGroup, meet
-
-
-@dataclass
-class Entry:
-    """One step of this rank: a collective, or local work between collectives.
-
-    Attributes:
-        op: "all_reduce", "reduce_scatter", "all_gather", "all_reduce_add_rms_norm"; for local work
-            what was computed ("attention").
-        kind: "collective" or "local".
-        group: name of the group ("tp"); empty for local work.
-        group_size: ranks in it.
-        shape: of the whole tensor that crosses the group: what all_reduce and reduce_scatter take,
-            what all_gather returns, padding included.
-        dtype: of that tensor; None for local work.
-        bytes: shape times size of dtype.
-        layer: decoder layer, None outside the layers.
-        site: where in the layer ("o_proj", "mlp").
-        tensor: name of the tensor that came out.
-        placement: of that tensor: "Replicate", "Shard", "Partial".
-        start: seconds since the ledger opened.
-        seconds: how long this rank spent in it, waiting for slower ranks included. On a GPU times
-            are read off CUDA events when the ledger closes: the GPU's time, not the host's.
-        waited: the part of `seconds` before every rank had come; 0 outside `split_waiting()`.
-        implementation: which code carried a fused operation out; reason: why that one.
-    """
-
-    op: str
-    kind: Literal["collective", "local"]
-    layer: int | None
-    site: str = ""
-    group: str = ""
-    group_size: int = 1
-    shape: tuple[int, ...] = ()
-    dtype: torch.dtype | None = None
-    bytes: int = 0
-    tensor: str = ""
-    placement: str = ""
-    start: float = 0.0
-    seconds: float = 0.0
-    waited: float = 0.0
-    implementation: str = ""
-    reason: str = ""
-
-    @property
-    def bytes_sent(self) -> float:
-        """Fewest bytes this rank must send: the bandwidth-optimal ring's share.
-
-        2 (n-1)/n of the tensor for an all_reduce, (n-1)/n for reduce_scatter and all_gather
-        (Patarasuk and Yuan, "Bandwidth optimal all-reduce algorithms", 2009). A backend may send
-        more.
-        """
-        if self.kind == "local":
-            return 0.0
-        halves = 2 if self.op.startswith("all_reduce") else 1
-        return halves * self.bytes * (self.group_size - 1) / self.group_size
-
-    @property
-    def label(self) -> str:
-        """The step's name in a profile: "stepmoe::all_reduce, layer 3, o_proj"."""
-        layer = "outside the layers" if self.layer is None else f"layer {self.layer}"
-        return ", ".join(part for part in (f"stepmoe::{self.op}", layer, self.site) if part)
 
 
 @dataclass
@@ -161,6 +100,7 @@ class Ledger:
 _open: list[Ledger] = []
 _in_flight: Entry | None = None
 _splits = False
+_untimed: Ledger | None = None
 
 
 def is_recording() -> bool:
@@ -170,7 +110,7 @@ def is_recording() -> bool:
 
 def note(text: str) -> None:
     """Write a remark to every open ledger, once each: what ran instead, and why."""
-    for ledger in _open:
+    for ledger in _open if _untimed is None else [_untimed]:
         if text not in ledger.notes:
             ledger.notes.append(text)
 
@@ -203,6 +143,30 @@ def split_waiting() -> Iterator[None]:
 
 
 @contextmanager
+def untimed() -> Iterator[Ledger]:
+    """Around the capture of a CUDA graph: its steps go to a ledger of their own, without times.
+
+    While a graph is captured nothing runs, and no clock may be read. `repeat` writes the steps to
+    the open ledgers each time the graph is replayed.
+    """
+    global _untimed
+    _untimed = ledger = Ledger()
+    try:
+        yield ledger
+    finally:
+        _untimed = None
+
+
+def repeat(captured: Ledger) -> None:
+    """Write the steps and notes of a replayed graph to every open ledger, with 0 seconds each."""
+    for ledger in _open:
+        now = time.perf_counter() - ledger._opened
+        ledger.steps += [replace(step, start=now) for step in captured.steps]
+    for text in captured.notes:
+        note(text)
+
+
+@contextmanager
 def record(entry: Entry, device: torch.device, group: RankGroup | None = None) -> Iterator[Entry]:
     """Around one step: marks a collective as in flight, and times it if a ledger is open.
 
@@ -213,7 +177,10 @@ def record(entry: Entry, device: torch.device, group: RankGroup | None = None) -
     if entry.kind == "collective":
         _in_flight = entry
     try:
-        if _open:
+        if _untimed is not None:
+            yield entry
+            _untimed.steps.append(replace(entry))
+        elif _open:
             with _annotation(entry), _timed(entry, device, group):
                 yield entry
         else:

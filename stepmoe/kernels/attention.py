@@ -6,7 +6,10 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from stepmoe.kernels.dispatch import gpu_version
 
+
+@gpu_version("stepmoe.kernels.attention_gpu")
 def prefill_attention(
     query: Tensor, keys: Tensor, values: Tensor, gate: Tensor, window: int | None
 ) -> Tensor:
@@ -34,6 +37,7 @@ def prefill_attention(
     return _gated(output, gate)
 
 
+@gpu_version("stepmoe.kernels.attention_gpu")
 def decode_attention(
     query: Tensor, keys: Tensor, values: Tensor, gate: Tensor, position: Tensor
 ) -> Tensor:

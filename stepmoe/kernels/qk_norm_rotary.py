@@ -5,9 +5,11 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from stepmoe.kernels.dispatch import gpu_version
 from stepmoe.kernels.norm import gemma_rms_norm
 
 
+@gpu_version("stepmoe.kernels.qk_norm_rotary_gpu")
 def qk_norm_rotary(
     projected: Tensor,
     batch: int,

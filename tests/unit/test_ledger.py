@@ -8,7 +8,7 @@ import torch
 import stepmoe as sm
 from stepmoe.comm import ledger as ledger_module
 from stepmoe.comm.fusion import GATES, choose
-from stepmoe.comm.ledger import Entry, in_flight, note, record
+from stepmoe.comm.ledger import Entry, in_flight, note, record, repeat, untimed
 
 CPU = torch.device("cpu")
 
@@ -127,3 +127,25 @@ def test_errors_travel_between_processes():
     assert (str(error), error.rank, error.traceback) == ("rank 2 raised", 2, "here")
     late = pickle.loads(pickle.dumps(sm.RankTimeout("too late", waiting={0: "all_reduce"})))
     assert (str(late), late.waiting) == ("too late", {0: "all_reduce"})
+
+
+def test_a_captured_step_is_written_to_ledgers_when_it_is_repeated():
+    def step():
+        with record(all_reduce_entry(), CPU):
+            note("how it ran")
+
+    with sm.Ledger() as early:
+        with untimed() as captured:
+            step()
+        assert early.steps == early.notes == []
+        with sm.Ledger() as late:
+            repeat(captured)
+            repeat(captured)
+    for ledger in (early, late):
+        assert ledger.counts() == {"all_reduce": 2}
+        assert [entry.seconds for entry in ledger.entries] == [0.0, 0.0]
+        assert ledger.notes == ["how it ran"]
+        assert 0 < ledger.entries[0].start <= ledger.entries[1].start
+    with sm.Ledger() as after:
+        step()
+    assert after.entries[0].seconds > 0
