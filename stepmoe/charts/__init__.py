@@ -4,6 +4,12 @@ Every function returns a matplotlib Figure: as the last line of a notebook cell 
 """
 
 from stepmoe.charts.accuracy import accuracy, flips, questions_needed
+from stepmoe.charts.bug_lab import (
+    Signature,
+    accuracy_under_faults,
+    guard_matrix,
+    signatures,
+)
 from stepmoe.charts.collectives import collectives
 from stepmoe.charts.cost import cost_fit, roofline
 from stepmoe.charts.crossover import CrossoverPlot, crossover
@@ -23,7 +29,9 @@ __all__ = [
     "HATCHES",
     "MARKERS",
     "CrossoverPlot",
+    "Signature",
     "accuracy",
+    "accuracy_under_faults",
     "batch_invariance",
     "collectives",
     "cost_fit",
@@ -32,6 +40,7 @@ __all__ = [
     "error_by_depth",
     "error_growth",
     "flips",
+    "guard_matrix",
     "latency",
     "layer_steps",
     "layout",
@@ -39,6 +48,7 @@ __all__ = [
     "profile_timeline",
     "questions_needed",
     "roofline",
+    "signatures",
     "speedup",
     "steps",
     "style",

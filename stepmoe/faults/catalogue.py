@@ -66,6 +66,7 @@ def _is_fused(variant: str, parallel: ParallelConfig) -> bool:
 
 
 _NOTHING = "right outputs: the sum of one addend is complete, whatever is done with it"
+_MIXED, _DP = ParallelConfig(4, 2), ParallelConfig(4, 2, "dp")
 _FUSED = 'variant "fused", attention="tp", tp above 1'
 
 _ALL = (
@@ -79,6 +80,7 @@ _ALL = (
         one_rank=_NOTHING,
         guard=PLACEMENT,
         caught_by=frozenset({PLACEMENT, LEDGER, ORACLE}),
+        shown_in=("deferred", _MIXED),
         applies=_has_dense,
         patches=sums.dense_reduced_twice,
     ),
@@ -91,9 +93,10 @@ _ALL = (
         one_rank=_NOTHING,
         guard=PLACEMENT,
         caught_by=frozenset({PLACEMENT, LEDGER, ORACLE}),
+        shown_in=("deferred", _MIXED),
         applies=_mixed,
         patches=sums.wrong_group,
-        published=Published("GSM8K", float("nan"), 0.012, "sglang #32963, TP4 EP2"),
+        published=Published(0.012, None, "sglang #32963, TP4 EP2"),
     ),
     Fault(
         name="scattered_then_reduced",
@@ -105,9 +108,10 @@ _ALL = (
         one_rank=_NOTHING,
         guard=PLACEMENT,
         caught_by=frozenset({PLACEMENT, LEDGER, ORACLE}),
+        shown_in=("reduce_scatter", _DP),
         applies=_scatters,
         patches=sums.scattered_then_reduced,
-        published=Published("GSM8K", 0.951, 0.002, "sglang #23431, TP8 DP8 EP8"),
+        published=Published(0.002, 0.951, "sglang #23431, TP8 DP8 EP8"),
     ),
     Fault(
         name="shared_counted_ep_times",
@@ -118,9 +122,10 @@ _ALL = (
         one_rank="nothing: ep is 1",
         guard=ORACLE,
         caught_by=frozenset({ORACLE}),
+        shown_in=("deferred", ParallelConfig(4, 4)),
         applies=_expert_groups,
         patches=sums.shared_counted_ep_times,
-        published=Published("GSM8K", 0.942, 0.009, "sglang #26845, TP4 EP4"),
+        published=Published(0.009, 0.942, "sglang #26845, TP4 EP4"),
     ),
     Fault(
         name="shared_never_reduced",
@@ -131,9 +136,10 @@ _ALL = (
         one_rank=_NOTHING,
         guard=PLACEMENT,
         caught_by=frozenset({PLACEMENT, ORACLE}),
+        shown_in=("deferred", _MIXED),
         applies=_has_moe,
         patches=sums.shared_never_reduced,
-        published=Published("GSM8K", 0.962, 0.239, "tpu-inference #3435, 4 ranks share a sum"),
+        published=Published(0.239, 0.962, "tpu-inference #3435, 4 ranks share a sum"),
     ),
     Fault(
         name="pending_lost_at_end",
@@ -144,6 +150,7 @@ _ALL = (
         one_rank=_NOTHING,
         guard=PLACEMENT,
         caught_by=frozenset({PLACEMENT, LEDGER, ORACLE}),
+        shown_in=("fused", _MIXED),
         applies=_fuses,
         patches=sums.pending_lost_at_end,
     ),
@@ -156,6 +163,7 @@ _ALL = (
         one_rank=_NOTHING,
         guard=PLACEMENT,
         caught_by=frozenset({PLACEMENT, LEDGER, ORACLE}),
+        shown_in=("fused", _MIXED),
         applies=_fuses_across,
         patches=sums.pending_lost_at_cut,
     ),
@@ -169,6 +177,7 @@ _ALL = (
         one_rank="all of it, here; nothing in an engine that fuses only with several ranks",
         guard=ORACLE,
         caught_by=frozenset({ORACLE}),
+        shown_in=("fused", _MIXED),
         applies=_fuses,
         patches=quiet.gemma_one_dropped,
     ),
@@ -182,9 +191,10 @@ _ALL = (
         one_rank="nothing: no token is another rank's",
         guard=LEDGER,
         caught_by=frozenset({LEDGER, ORACLE}),
+        shown_in=("reduce_scatter", _DP),
         applies=_gathers,
         patches=sums.padding_in_the_sum,
-        published=Published("GSM8K", 0.95, 0.901, "ROCm/ATOM #1229"),
+        published=Published(0.901, 0.95, "ROCm/ATOM #1229"),
     ),
     Fault(
         name="bf16_accumulation",
@@ -195,6 +205,7 @@ _ALL = (
         one_rank="nothing: there is no addition",
         guard=LEDGER,
         caught_by=frozenset({LEDGER, ORACLE}),
+        shown_in=("deferred", _MIXED),
         applies=_several,
         patches=quiet.bf16_accumulation,
     ),
@@ -207,6 +218,7 @@ _ALL = (
         one_rank="nothing: the outputs are right",
         guard=LEDGER,
         caught_by=frozenset({LEDGER}),
+        shown_in=("fused", _MIXED),
         applies=_fuses,
         patches=quiet.gate_wrong_dimension,
     ),
@@ -219,6 +231,7 @@ _ALL = (
         one_rank=_NOTHING,
         guard=ORACLE,
         caught_by=frozenset({ORACLE}),
+        shown_in=("fused", _MIXED),
         applies=_sums_attention,
         patches=quiet.dump_records_partial,
     ),
@@ -232,6 +245,7 @@ _ALL = (
         one_rank="nothing: both ways are right",
         guard=VOTE,
         caught_by=frozenset({VOTE, TIMEOUT}),
+        shown_in=("deferred", _MIXED),
         applies=_several,
         patches=quiet.one_rank_branches,
     ),

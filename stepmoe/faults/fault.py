@@ -18,11 +18,14 @@ Applies = Callable[[str, ParallelConfig, Step3p5Config], bool]
 
 @dataclass(frozen=True)
 class Published:
-    """What the thread reports: a task's accuracy, from 0 to 1, without and with the bug."""
+    """What the thread reports: accuracy on GSM8K, from 0 to 1, with the bug and without it.
 
-    task: str
-    right: float
+    Attributes:
+        right: None where the thread does not say.
+    """
+
     wrong: float
+    right: float | None
     source: str
 
 
@@ -39,6 +42,7 @@ class Fault:
         one_rank: what a test on one rank sees of it.
         guard: the one that stops it, or finds it out, with all guards on.
         caught_by: those that find it wherever it applies; which others do depends on the setting.
+        shown_in: variant and layout in which its signature is plainest.
         published: accuracy figures of the thread, if it has some.
     """
 
@@ -50,6 +54,7 @@ class Fault:
     one_rank: str
     guard: str
     caught_by: frozenset[str]
+    shown_in: tuple[str, ParallelConfig]
     applies: Applies = field(repr=False)
     patches: Callable[[Step3p5ForCausalLM], Iterable[Patch]] = field(repr=False)
     published: Published | None = None

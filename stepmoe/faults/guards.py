@@ -22,6 +22,7 @@ from stepmoe.comm.ledger import Entry, Ledger, note, record
 from stepmoe.comm.placement import Placed
 from stepmoe.faults.patching import replaced
 from stepmoe.faults.promise import Promised, recorded
+from stepmoe.measure.distance import relative_error
 
 # Largest relative error (2-norm) against float64 that is taken for rounding: some hundred times the
 # dtype's own precision, because roundings add up over layers. The smallest wrong sum is far above.
@@ -132,9 +133,3 @@ def oracle_diff(
         values |= {f"layer {layer}, {n}": (states[layer][n], v) for n, v in named.items()}
     errors = {name: relative_error(*pair) for name, pair in values.items()}
     return [f"{name}: off by {error:.2g}" for name, error in errors.items() if not error <= limit]
-
-
-def relative_error(value: Tensor, exact: Tensor) -> float:
-    """2-norm of value - exact over that of exact, in float64; nan stays nan."""
-    difference = value.double() - exact.double()
-    return float(difference.norm() / exact.double().norm())

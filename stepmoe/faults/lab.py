@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from contextlib import ExitStack
 from dataclasses import dataclass, field
-from pathlib import Path
 
 import torch
 from torch import Tensor
@@ -12,16 +11,14 @@ from torch import Tensor
 from stepmoe.capture import Capture
 from stepmoe.causal_lm import Step3p5ForCausalLM
 from stepmoe.comm.ledger import Ledger
-from stepmoe.config import Step3p5Config
 from stepmoe.errors import PlacementError, RankTimeout
 from stepmoe.faults.catalogue import FAULTS, GUARDS, LEDGER, ORACLE, PLACEMENT, TIMEOUT, VOTE
 from stepmoe.faults.guards import VoteError, ledger_diff, oracle_diff, unchecked, voting
 from stepmoe.faults.promise import promised
 from stepmoe.launch import Ranks
 from stepmoe.launch.rank import rank_device
+from stepmoe.measure.source import Source, config_of, load
 from stepmoe.parallel import ParallelConfig
-
-Source = str | Path | Step3p5Config
 
 
 @dataclass(frozen=True)
@@ -40,7 +37,7 @@ class Setting:
 
     def model(self) -> Step3p5ForCausalLM:
         """This rank's share."""
-        return _build(self.source, self.variant, self.parallel, self.dtype)
+        return load(self.source, self.variant, self.parallel, self.dtype)
 
 
 @dataclass
@@ -102,7 +99,7 @@ def observe(
 
 def exact_pass(source: Source, input_ids: Tensor) -> Observation:
     """The oracle: the same model unsharded, in float64, in this process."""
-    model = _build(source, "three_all_reduces", ParallelConfig(), torch.float64)
+    model = load(source, "three_all_reduces", ParallelConfig(), torch.float64, torch.device("cpu"))
     capture = Capture()
     logits = model(input_ids, capture=capture)
     return Observation(logits=logits.cpu(), states=capture.states)
@@ -151,7 +148,7 @@ def judge(
     promise = promised(
         setting.variant,
         setting.parallel,
-        _config(setting.source),
+        config_of(setting.source),
         batch,
         length,
         seen.logits.dtype,
@@ -163,15 +160,3 @@ def judge(
     }
     for name, lines in found.items():
         findings.guards[name] = findings.guards[name] or lines
-
-
-def _config(source: Source) -> Step3p5Config:
-    return source if isinstance(source, Step3p5Config) else Step3p5Config.from_pretrained(source)
-
-
-def _build(
-    source: Source, variant: str, parallel: ParallelConfig, dtype: torch.dtype | None
-) -> Step3p5ForCausalLM:
-    if isinstance(source, Step3p5Config):
-        return Step3p5ForCausalLM.from_config(source, variant, parallel, dtype=dtype)
-    return Step3p5ForCausalLM.from_pretrained(source, variant, parallel, dtype=dtype)

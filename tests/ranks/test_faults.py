@@ -27,6 +27,7 @@ from stepmoe.comm.placement import Placed
 from stepmoe.faults import FAULTS, Findings, Setting
 from stepmoe.faults.lab import judge
 from stepmoe.faults.patching import replaced
+from stepmoe.measure.distance import relative_error
 from stepmoe.parallel import tensor_layouts
 
 TINY = Path(__file__).parents[1] / "step3p5-tiny-reference"
@@ -170,7 +171,7 @@ def check_padding_in_the_sum(setting, rank, seen):
 
 def check_bf16_accumulation(setting, rank, seen):
     errors = [
-        faults.relative_error(seen.states[layer]["layer_output"], EXACT[f"{layer}.layer_output"])
+        relative_error(seen.states[layer]["layer_output"], EXACT[f"{layer}.layer_output"])
         for layer in range(4)
     ]
     # bfloat16 keeps 8 bits: rounding is off by up to 2^-9, and each addend and each addition is
@@ -300,7 +301,7 @@ def test_bf16_sums_drift_further_with_more_ranks(ranks4, exact):
         setting = Setting(TINY, "deferred", sm.ParallelConfig(tp), torch.float64)
         seen = faults.examine(ranks4, setting, IDS, "bf16_accumulation", exact).passes[0]
         residual = seen.states[0]["post_attn_residual"]
-        return faults.relative_error(residual, EXACT["0.post_attn_residual"])
+        return relative_error(residual, EXACT["0.post_attn_residual"])
 
     assert error(4) > error(2)
 
