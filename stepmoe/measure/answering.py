@@ -95,23 +95,34 @@ def where_time_goes(
 ) -> Spent:
     """Split the time of one batch between prompts and new tokens, computing and collectives.
 
-    Runs inside a rank. The prompts (batch, length) are answered twice, the first time up to one
-    token, with a ledger open, which costs some time itself.
+    Runs inside a rank, with a ledger open, which costs some time itself.
+
+    Args:
+        prompts: (batch, length) int64.
     """
     model = load(source, variant, parallel)
+    device = rank_device()
     model.generate(prompts[:1], 2)  # the first pass of a model is slower than the rest
-    seconds, collectives, made = [], [], []
-    for limit in (1, max_new_tokens):
-        meet(model.comm.group, rank_device())
+    ends: list[float] = []
+
+    def on_end_of_pass(*_: object) -> None:
+        if device.type == "cuda":
+            torch.cuda.synchronize(device)
+        ends.append(time.perf_counter() - start)
+
+    hook = model.register_forward_hook(on_end_of_pass)
+    meet(model.comm.group, device)
+    with Ledger() as ledger:
         start = time.perf_counter()
-        with Ledger() as ledger:
-            made.append(model.generate(prompts, limit).shape[1] - prompts.shape[1])
-        seconds.append(time.perf_counter() - start)
-        collectives.append(sum(e.seconds for e in ledger.entries if e.kind == "collective"))
+        tokens = model.generate(prompts, max_new_tokens)
+    total, prefill = time.perf_counter() - start, ends[0]
+    hook.remove()
+    collectives = [entry for entry in ledger.entries if entry.kind == "collective"]
+    before = sum(entry.seconds for entry in collectives if entry.start < prefill)
     return Spent(
-        seconds[0],
-        collectives[0],
-        seconds[1] - seconds[0],
-        collectives[1] - collectives[0],
-        made[1] - 1,
+        prefill=prefill,
+        prefill_collectives=before,
+        decode=total - prefill,
+        decode_collectives=sum(entry.seconds for entry in collectives) - before,
+        steps=tokens.shape[1] - prompts.shape[1] - 1,
     )

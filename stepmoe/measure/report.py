@@ -110,7 +110,7 @@ def accuracy_table(frame: pd.DataFrame) -> str:
         for row in frame.to_dict("records")
     ]
     attrs = frame.attrs
-    parallel = ", ".join(f"{name}={value}" for name, value in attrs["parallel"].items())
+    parallel = _layout(attrs["parallel"])
     versions = ", ".join(f"{name} {value}" for name, value in attrs["versions"].items())
     notes = [
         provenance(attrs),
@@ -119,6 +119,10 @@ def accuracy_table(frame: pd.DataFrame) -> str:
         "intervals: Wilson.",
     ]
     return "\n".join([aligned([head, *lines]), "", *notes])
+
+
+def _layout(parallel: dict[str, Any]) -> str:
+    return ", ".join(f"{name}={value}" for name, value in parallel.items() if value is not None)
 
 
 def _described(row: dict[str, Any]) -> str:
@@ -159,8 +163,7 @@ def aligned(lines: Sequence[tuple[str, ...]]) -> str:
 def _notes(frame: pd.DataFrame) -> str:
     attrs = frame.attrs
     rounds, added = frame["repeats"].min(), frame["split_overhead"]
-    given = {name: value for name, value in attrs["parallel"].items() if value is not None}
-    parallel = ", ".join(f"{name}={value}" for name, value in given.items())
+    parallel = _layout(attrs["parallel"])
     versions = ", ".join(f"{name} {value}" for name, value in attrs["versions"].items())
     small = [f"{i['phase']} {i['tokens']}" for i in attrs["inputs"] if not i["exceed_cache"]]
     cache = f"{attrs['hardware']['last_level_cache'] / 2**20:.0f} MiB"
