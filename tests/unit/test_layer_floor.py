@@ -1,0 +1,181 @@
+"""The layer's table of operations, the reading of a profile, and what the command refuses."""
+
+import dataclasses
+
+import pytest
+import torch
+from torch.utils.flop_counter import FlopCounterMode
+
+import stepmoe as sm
+from stepmoe.__main__ import main
+from stepmoe.measure.kernel_times import kernels_of
+from stepmoe.measure.layer_floor import LayerTime, OperationTime
+from stepmoe.measure.layer_record import layer_record
+from stepmoe.measure.operations import RANGES, Work, operations, unavoidable_bytes
+from stepmoe.model.experts import RoutedExperts
+from stepmoe.model.mlp import GatedMLP
+from stepmoe.roofline import CHIPS, layer_roofline
+
+TINY, FLASH = sm.Step3p5Config.tiny(), sm.Step3p5Config.flash()
+H100 = CHIPS["h100"]
+
+
+def work(**changes):
+    made = Work(
+        config=FLASH,
+        layer=4,
+        parallel=sm.ParallelConfig(8, 4),
+        batch=2,
+        length=8192,
+        context=8192,
+        rows=32768,
+        experts=72,
+        tokens_here=15000,
+    )
+    return dataclasses.replace(made, **changes)
+
+
+def test_every_operation_has_a_range_and_no_range_two():
+    assert [row.name for row in operations(work())] == list(RANGES) == list(RANGES)
+    every = [name for names in RANGES.values() for name in names]
+    assert len(set(every)) == len(every)
+
+
+def test_products_as_torch_counts():
+    """The linear maps of the experts and the shared expert, counted while they run."""
+    config, parallel, tokens = TINY, sm.ParallelConfig(4, 2), 30
+    experts = RoutedExperts(config, config.layer(4), parallel, 1).double()
+    x = torch.randn(tokens, config.hidden_size, dtype=torch.float64)
+    ids = torch.rand(tokens, config.num_experts).topk(config.num_experts_per_tok).indices
+    here = (ids >= experts.first_expert) & (ids < experts.first_expert + 8)
+    for weight in experts.parameters():
+        torch.nn.init.normal_(weight.data)
+    with FlopCounterMode(display=False) as counter, torch.no_grad():
+        experts.apply_experts(x, ids, torch.rand(ids.shape))
+        routed = counter.get_total_flops()
+        GatedMLP(128, 16, None).double()(x)
+        shared = counter.get_total_flops() - routed
+    found = {
+        row.name: row.operations
+        for row in operations(
+            work(
+                config=config,
+                parallel=parallel,
+                batch=3,
+                length=10,
+                context=10,
+                rows=int(here.sum()),
+                experts=len(ids[here].unique()),
+                tokens_here=int(here.any(-1).sum()),
+            )
+        )
+    }
+    assert routed == found["experts: gate, up"] + found["experts: down"]
+    assert shared == found["shared expert: gate, up"] + found["shared expert: down"]
+
+
+@pytest.mark.parametrize("layer", [4, 5])
+@pytest.mark.parametrize(("batch", "length", "context"), [(2, 8192, 8192), (16, 1, 4096)])
+def test_products_and_scores_are_those_of_the_roofline(layer, batch, length, context):
+    """A coarser table by another hand: weights and operations agree, the floor is no lower."""
+    tokens = batch * length
+    experts = 72 * (1 - (1 - 8 / 288) ** tokens)
+    fine = work(
+        layer=layer, batch=batch, length=length, context=context, rows=tokens * 2, experts=experts
+    )
+    rows = {row.name: row for row in operations(fine)}
+    coarse = {
+        row.name: row
+        for row in layer_roofline(FLASH, layer, fine.parallel, tokens, context, batch=batch)
+    }
+    pairs = {
+        "attention projections": ("q, k, v, gate projection", "o_proj"),
+        "attention scores": ("attention",),
+        "router": ("router logits",),
+        "routed experts": ("experts: gate, up", "experts: down"),
+    }
+    for name, parts in pairs.items():
+        assert sum(rows[part].operations for part in parts) == pytest.approx(
+            coarse[name].operations
+        )
+        weights = sum(rows[part].weight_bytes for part in parts)
+        assert weights == pytest.approx(coarse[name].weight_bytes)
+        floor = sum(rows[part].floor(H100) for part in parts)
+        assert floor >= coarse[name].floor(H100) * (1 - 1e-9)
+
+
+def test_bytes_of_the_rows_that_move():
+    rows = {row.name: row.bytes for row in operations(work())}
+    token = 4096 * 2
+    assert rows["add + norm"] == 2 * 4 * 16384 * token
+    assert rows["permute"] == (15000 + 32768) * token
+    assert rows["un-permute"] == (32768 + 16384) * token + 16384 * 8 * 8  # positions and weights
+    assert rows["experts: SwiGLU"] == 32768 * 3 * 640 * 2
+    assert unavoidable_bytes(work()) == (3 * 16384 + 32768) * token
+
+
+def event(name, category, start, length, correlation=None, thread=1):
+    args = {} if correlation is None else {"correlation": correlation}
+    return {
+        "ph": "X", "name": name, "cat": category, "ts": start, "dur": length, "tid": thread,
+        "args": args,
+    }  # fmt: skip
+
+
+def test_kernels_belong_to_the_ranges_they_were_launched_in():
+    """Late kernels, nested operations, another thread, and launches outside of any layer."""
+    note = "user_annotation"
+    trace = {
+        "traceEvents": [
+            event("decoder layer 3", note, 0, 100),
+            event("operation outer", note, 10, 50),
+            event("operation inner", note, 20, 10),
+            event("operation elsewhere", note, 0, 100, thread=2),
+            event("cudaLaunchKernel", "cuda_runtime", 12, 1, 1),
+            event("cuLaunchKernelEx", "cuda_driver", 22, 1, 2),
+            event("cudaLaunchKernel", "cuda_runtime", 80, 1, 3),
+            event("cudaLaunchKernel", "cuda_runtime", 200, 1, 4),
+            event("a", "kernel", 500, 7, 1, thread=7),
+            event("b", "kernel", 600, 5, 2, thread=7),
+            event("c", "gpu_memset", 700, 3, 3, thread=7),
+            event("d", "kernel", 800, 2, 4, thread=7),
+            event("e", "kernel", 900, 2, 99, thread=7),
+            {"ph": "i", "name": "mark"},
+        ]
+    }
+    found = [(layer, name, round(seconds * 1e6)) for layer, name, seconds in kernels_of(trace)]
+    assert found == [(3, "outer", 7), (3, "outer/inner", 5), (3, "other", 3)]
+
+
+def test_a_layer_in_a_file_says_how_near_the_floor_it_is():
+    rows = [OperationTime(row, 2 * row.floor(H100)) for row in operations(work())[:3]]
+    layer = LayerTime(work(), "prefill", 8e-3, rows, 1e-4, 10**9)
+    record = layer_record("full", layer, H100)
+    assert [row["ratio"] for row in record["operations"]] == pytest.approx([2.0] * 3)
+    floor = sum(row.needs.floor(H100) for row in rows)
+    assert record["ratio"] == pytest.approx(8e-3 / floor)
+    assert record["memory_ratio"] == pytest.approx(1e9 / unavoidable_bytes(work()))
+    add_norm = record["operations"][0]
+    assert add_norm["bound"] == "memory"
+    assert add_norm["bandwidth_fraction"] == pytest.approx(0.5)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["--ep", "3"], "ep=3 does not divide tp=8"),
+        (["--simulate-rank", "8"], "simulate_rank must be a whole number from 0 to"),
+        (["--decode", "0"], "--decode 0: give whole numbers from 1 on"),
+        (["--json", "/no/such/folder/x.json"], "there is no folder"),
+    ],
+)
+def test_bad_arguments_are_named(arguments, message, capsys, monkeypatch):
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    assert main(["layer-floor", *arguments]) == 2
+    assert message in capsys.readouterr().err
+
+
+def test_a_machine_without_a_gpu_is_told_so(capsys, monkeypatch):
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    assert main(["layer-floor"]) == 2
+    assert "needs an NVIDIA GPU" in capsys.readouterr().err
