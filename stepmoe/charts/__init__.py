@@ -23,6 +23,7 @@ from stepmoe.charts.steps import layer_steps, steps
 from stepmoe.charts.style import COLOURS, HATCHES, MARKERS, style
 from stepmoe.charts.sums import sums
 from stepmoe.charts.timeline import timeline, timelines
+from stepmoe.charts.training import training
 
 __all__ = [
     "COLOURS",
@@ -55,5 +56,6 @@ __all__ = [
     "sums",
     "timeline",
     "timelines",
+    "training",
     "where_the_time_goes",
 ]

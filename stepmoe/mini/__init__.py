@@ -6,17 +6,28 @@ a change of communication does to the accuracy of a model that really answers.
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
+from typing import Any
 
 from stepmoe.config import AttentionType, RopeScaling, Step3p5Config
 from stepmoe.mini.tokenizer import EOS, VOCABULARY
 
-__all__ = ["config", "path"]
+__all__ = ["config", "path", "training_log"]
 
 
 def path() -> Path:
     """The folder of the trained weights: for `Step3p5ForCausalLM.from_pretrained`."""
     return Path(__file__).with_name("weights")
+
+
+def training_log() -> dict[str, Any]:
+    """How the shipped weights were trained: settings, machine, curves, score, load of the experts.
+
+    Written by `python -m stepmoe.mini.train`; drawn by `stepmoe.charts.training`.
+    """
+    log: dict[str, Any] = json.loads((path() / "training.json").read_text("utf-8"))
+    return log
 
 
 def config() -> Step3p5Config:

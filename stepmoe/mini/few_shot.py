@@ -19,7 +19,7 @@ from stepmoe.mini.task import Question, questions
 from stepmoe.mini.tokenizer import ANSWER, EOS_TEXT, QUESTION, encode
 
 PROMPT_TOKENS = 160
-MAX_NEW_TOKENS = 56  # the longest worked answer with its <eos> has 53
+MAX_NEW_TOKENS = 64  # the longest worked answer with its <eos> can have 63
 _EXAMPLES = 64
 
 

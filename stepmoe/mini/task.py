@@ -28,7 +28,7 @@ from stepmoe.mini.scenes import BOYS, GIRLS, SCENES, Scene
 Split = Literal["train", "heldout"]
 HELDOUT_QUESTIONS = 1319  # as many as GSM8K's test set has
 MAX_STEPS = 4
-LARGEST = 999  # no number of a question or of its worked answer is larger
+LARGEST = 9999  # no number of a question or of its worked answer is larger
 
 # What each kind of sentence computes, in order. v: the value so far; p: the result of the step just
 # before; a, b: the numbers of the sentence. The last result is the new value.
@@ -52,15 +52,15 @@ ENDINGS = {
 }
 _FORMULAS: dict[str, tuple[str, ...]] = {**OPENINGS, **MOVES, **ENDINGS}
 
-_LARGE, _SMALL, _FACTOR = (6, 150), (2, 9), (11, 40)
+_LARGE, _FACTOR, _OTHER_FACTOR, _FEW = (15, 999), (11, 40), (11, 99), (3, 25)
 _RANGES: dict[str, tuple[tuple[int, int], tuple[int, int]]] = {  # of a and of b
-    "product": (_SMALL, _FACTOR),
-    "gain_each": (_SMALL, _FACTOR),
-    "lose_each": (_SMALL, _FACTOR),
-    "price": (_SMALL, _SMALL),
-    "share": (_SMALL, _SMALL),
-    "pack": (_SMALL, _SMALL),
-    "times": (_SMALL, _SMALL),
+    "product": (_FACTOR, _OTHER_FACTOR),
+    "gain_each": (_FACTOR, _OTHER_FACTOR),
+    "lose_each": (_FACTOR, _OTHER_FACTOR),
+    "price": (_FEW, _FEW),
+    "share": (_FEW, _FEW),
+    "pack": (_FEW, _FEW),
+    "times": (_FEW, _FEW),
 }
 
 

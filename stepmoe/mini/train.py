@@ -142,7 +142,7 @@ def _shown(args: argparse.Namespace) -> list[str]:
 
 def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(prog="python -m stepmoe.mini.train", description=__doc__)
-    parser.add_argument("--steps", type=int, default=6000, help="optimiser steps (%(default)s)")
+    parser.add_argument("--steps", type=int, default=1200, help="optimiser steps (%(default)s)")
     parser.add_argument(
         "--rows", type=int, default=128, help=f"rows of {ROW_TOKENS} tokens a step (%(default)s)"
     )
@@ -151,11 +151,11 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument(
         "--workers",
         type=int,
-        default=12,
+        default=4,
         help="processes that draw data; another number gives other data (%(default)s)",
     )
     parser.add_argument(
-        "--questions", type=int, default=256, help="held-out, while training (%(default)s)"
+        "--questions", type=int, default=512, help="held-out, while training (%(default)s)"
     )
     parser.add_argument(
         "--final-questions",
@@ -164,7 +164,7 @@ def _parser() -> argparse.ArgumentParser:
         help="held-out, at the end (%(default)s: all)",
     )
     parser.add_argument(
-        "--evaluate-every", type=int, default=500, help="steps between them (%(default)s)"
+        "--evaluate-every", type=int, default=200, help="steps between them (%(default)s)"
     )
     parser.add_argument("--device", help="default: a GPU if there is one")
     parser.add_argument("--weights", help="folder to write config.json and model.safetensors to")
