@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import importlib.util
+import math
 import os
 import shlex
 import sys
@@ -11,18 +12,22 @@ from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+import torch
 import torch.distributed as dist
 
 from stepmoe.checks import DTYPES
+from stepmoe.config import Step3p5Config
 from stepmoe.errors import ConfigError, RankError, RankTimeout
 from stepmoe.launch import Ranks, init_distributed
 from stepmoe.launch.rank import DEVICES, check_device
-from stepmoe.parallel import ParallelConfig
+from stepmoe.layers import layer_numbers
+from stepmoe.parallel import ParallelConfig, tensor_layouts
 from stepmoe.variants import VARIANTS
 
 if TYPE_CHECKING:
     import pandas as pd
 
+_SHAPES = {"tiny": Step3p5Config.tiny, "flash": Step3p5Config.flash}
 _BAD_ARGUMENT, _FAILED = 2, 1  # exit statuses
 
 
@@ -49,6 +54,61 @@ def add_arguments(parser: argparse.ArgumentParser, default_ranks: int, dtype: st
     )
     add("--json", type=Path, metavar="FILE", help="keep it for stepmoe.measure.load and the charts")
     add("--csv", type=Path, metavar="FILE", help="the table alone")
+
+
+def add_shape(parser: argparse.ArgumentParser) -> None:
+    """The arguments that say of which model, and which rank of it."""
+    add = parser.add_argument
+    add("--shape", default="tiny", help="tiny, flash, or a folder with a config.json")
+    only = "run this rank's share alone in one process, nothing sent: one rank's compute of --tp"
+    add("--simulate-rank", type=int, metavar="R", help=only)
+    some = "only these decoder layers, as in 3-6 or 0 4 (default: all)"
+    add("--layers", nargs="+", metavar="N", help=some)
+
+
+def shape_of(args: argparse.Namespace) -> Step3p5Config:
+    """The shape asked for, with all its layers."""
+    if args.shape in _SHAPES:
+        return _SHAPES[args.shape]()
+    if not Path(args.shape).exists():
+        raise ConfigError(f"--shape {args.shape}: give tiny, flash, or a folder with a config.json")
+    return Step3p5Config.from_pretrained(args.shape)
+
+
+def layers_of(args: argparse.Namespace) -> tuple[int, ...] | None:
+    """The layers asked for; None for all."""
+    return None if args.layers is None else layer_numbers(",".join(args.layers))
+
+
+def shape_options(args: argparse.Namespace) -> dict[str, list[object]]:
+    """The options that `add_shape` added, as they were given."""
+    options: dict[str, list[object]] = {"shape": [args.shape]}
+    if args.simulate_rank is not None:
+        options["simulate-rank"] = [args.simulate_rank]
+    if args.layers is not None:
+        options["layers"] = args.layers
+    return options
+
+
+def check_memory(
+    config: Step3p5Config, parallel: ParallelConfig, dtype: torch.dtype, device: str
+) -> None:
+    """Raise ConfigError where the weights alone do not fit: the system would kill the ranks."""
+    layouts = tensor_layouts(config, parallel, 0).values()
+    weights = sum(math.prod(layout.local_shape) for layout in layouts) * dtype.itemsize
+    here = int(os.environ.get("LOCAL_WORLD_SIZE", parallel.processes))
+    gpus = torch.cuda.device_count() if device != "cpu" else 0
+    if gpus:
+        there = torch.cuda.get_device_properties(0).total_memory
+        needed, what = weights * -(-here // gpus), "a GPU"
+    else:
+        there = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
+        needed, what = weights * here, "this machine"
+    if needed > there:
+        raise ConfigError(
+            f"the weights of --shape take {needed / 2**30:,.0f} GiB with tp={parallel.tp} and "
+            f"{dtype}; {what} has {there / 2**30:,.0f}. Choose another shape, tp or dtype"
+        )
 
 
 def carry_out(

@@ -10,13 +10,17 @@ from stepmoe.measure.latency import compare_latency
 from stepmoe.measure.report import table
 from stepmoe.measure.store import load, save
 from stepmoe.measure.task import word_problems
+from stepmoe.measure.throughput import compare_throughput
 from stepmoe.measure.timeline import Profile, profile
+from stepmoe.measure.workload import Workload
 
 __all__ = [
     "Profile",
+    "Workload",
     "batch_invariance",
     "compare_accuracy",
     "compare_latency",
+    "compare_throughput",
     "load",
     "numerical_error",
     "outcomes_of",

@@ -111,7 +111,7 @@ def _attributes(plan: Plan, records: list[RankRecord]) -> dict[str, object]:
     return {
         **attributes([record.place for record in records], plan.dtype, plan.parallel),
         "seed": plan.seed,
-        "config": _plain(asdict(plan.config)),
+        "config": plain(asdict(plan.config)),
         "command": _command(plan),
         "warmup": plan.warmup,
         "order": first.cases[0].order,
@@ -130,11 +130,11 @@ def _attributes(plan: Plan, records: list[RankRecord]) -> dict[str, object]:
     }
 
 
-def _plain(value: Any) -> Any:
+def plain(value: Any) -> Any:
     """With lists for tuples, as JSON gives them back."""
     if isinstance(value, dict):
-        return {key: _plain(item) for key, item in value.items()}
-    return [_plain(item) for item in value] if isinstance(value, (list, tuple)) else value
+        return {key: plain(item) for key, item in value.items()}
+    return [plain(item) for item in value] if isinstance(value, (list, tuple)) else value
 
 
 def _command(plan: Plan) -> str:

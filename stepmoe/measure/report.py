@@ -125,6 +125,53 @@ def _layout(parallel: dict[str, Any]) -> str:
     return ", ".join(f"{name}={value}" for name, value in parallel.items() if value is not None)
 
 
+def throughput_table(frame: pd.DataFrame) -> str:
+    """What `compare_throughput` returned, for a terminal, and what it was measured on.
+
+    Raises:
+        ConfigError: another kind of frame.
+    """
+    check_frame(frame, "throughput")
+    blocks = []
+    for _, block in frame.groupby(["phase", "batch"], sort=False):
+        rows = block.to_dict("records")
+        factor, unit = unit_for(row["p90"] for row in rows)
+        head: tuple[str, ...] = ("", f"median {unit}", "p10 to p90", "tokens/s", "peak GiB")
+        lines = [
+            (
+                row["variant"],
+                f"{row['median'] * factor:.2f}",
+                f"{row['p10'] * factor:.2f} to {row['p90'] * factor:.2f}",
+                f"{row['tokens_per_second']:,.0f}",
+                f"{row['memory'] / 2**30:.2f}",
+                str(row["collectives"]),
+                f"{row['bytes_sent'] / 2**20:,.1f}",
+            )
+            for row in rows
+        ]
+        graph = ", replayed from a CUDA graph" if rows[0]["is_graph"] else ""
+        described = f"{_described(rows[0])}, {rows[0]['steps']} steps{graph}"
+        blocks.append(f"{described}\n{aligned([(*head, 'collectives', 'MiB sent'), *lines])}")
+    attrs = frame.attrs
+    routing, work = attrs["routing"], attrs["workload"]
+    alone = attrs["parallel"]["simulate_rank"] is not None
+    whose = "this rank" if alone else "the rank with most rows"
+    notes = [
+        provenance(attrs),
+        _layout(attrs["parallel"])
+        + "; "
+        + ", ".join(f"{name} {value}" for name, value in attrs["versions"].items())
+        + f"; seed {attrs['seed']}; {attrs['date']}",
+        f"{work['prompts']} prompts of {work['input_len']} tokens, {work['output_len']} new, at "
+        f"most {work['chunk']} a step; weights {frame['weights'].max() / 2**30:.2f} GiB a rank; "
+        "the slowest rank of each step.",
+        f"routing {routing['asked'] or 'of the checkpoint'}: the busiest expert has "
+        f"{routing['busiest']:.1f} x the mean, {whose} {routing['own_share']:.2f} x.",
+        *attrs["notes"],
+    ]
+    return "\n\n".join([*blocks, "\n".join(notes)])
+
+
 def _described(row: dict[str, Any]) -> str:
     cached = f", {row['context']} cached each" if row["context"] else ""
     return f"{title_of(row)} ({row['batch']} x {row['length']} new{cached})"

@@ -18,6 +18,7 @@ from stepmoe.launch import progress, rank_device
 from stepmoe.measure.environment import Place, look_around
 from stepmoe.measure.plan import Case, Plan
 from stepmoe.model.kv_cache import KVCache
+from stepmoe.variants import DecoderLayer
 
 # Input sets of one case: enough to exceed the last-level cache together, where that takes no more
 # than 8 a variant; at least 4, so that no step finds its input where the last one left it.
@@ -116,16 +117,21 @@ def build_models(plan: Plan, device: torch.device) -> dict[str, Step3p5ForCausal
     """One model a variant, with the same tensors for weights: what differs is the variant alone."""
     models: dict[str, Step3p5ForCausalLM] = {}
     for name, layer in plan.variants.items():
-        if not models:
-            first = Step3p5ForCausalLM.from_config(
+        if models:
+            models[name] = share_weights(next(iter(models.values())), layer)
+        else:
+            models[name] = Step3p5ForCausalLM.from_config(
                 plan.config, layer, plan.parallel, plan.dtype, device, plan.seed
             )
-            models[name] = first
-            continue
-        model = Step3p5ForCausalLM(plan.config, layer, plan.parallel, plan.dtype)
-        model.load_state_dict(first.state_dict(), assign=True)
-        models[name] = model.requires_grad_(False)
     return models
+
+
+def share_weights(first: Step3p5ForCausalLM, layer: type[DecoderLayer]) -> Step3p5ForCausalLM:
+    """A model of another variant with the same tensors for weights."""
+    model = Step3p5ForCausalLM(first.config, layer, first.parallel, first.lm_head.weight.dtype)
+    model.load_state_dict(first.state_dict(), assign=True)
+    model.remarks = first.remarks
+    return model.requires_grad_(False)
 
 
 def make_inputs(
@@ -195,11 +201,15 @@ def steps_of(models: dict[str, Step3p5ForCausalLM], inputs: Inputs, turn: int) -
 
 
 def time_step(step: Step, device: torch.device, group: RankGroup) -> float:
-    """Seconds this rank spends on one step that all ranks of the group begin together.
+    """Seconds this rank spends on one step that all ranks of the group begin together."""
+    return time_call(step.prepared(), device, group)
+
+
+def time_call(run: Callable[[], object], device: torch.device, group: RankGroup) -> float:
+    """Seconds this rank spends in `run`, which all ranks of the group begin together.
 
     On a GPU between two CUDA events, launching included where the GPU has to wait for it.
     """
-    run = step.prepared()
     if device.type == "cuda":
         begin, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
         meet(group, device)

@@ -13,9 +13,10 @@ from stepmoe.parallel import ParallelConfig
 Source = str | Path | Step3p5Config  # a folder, or a shape that gets random weights
 
 
-def config_of(source: Source) -> Step3p5Config:
-    """The shape of a source's model."""
-    return source if isinstance(source, Step3p5Config) else Step3p5Config.from_pretrained(source)
+def config_of(source: Source, layers: tuple[int, ...] | None = None) -> Step3p5Config:
+    """The shape of a source's model, or of a shallower one of these layers."""
+    config = source if isinstance(source, Step3p5Config) else Step3p5Config.from_pretrained(source)
+    return config if layers is None else config.with_layers(*layers)
 
 
 def load(
@@ -24,12 +25,21 @@ def load(
     parallel: ParallelConfig,
     dtype: torch.dtype | None = None,
     device: torch.device | None = None,
+    layers: tuple[int, ...] | None = None,
+    seed: int = 0,
+    on_device: bool = False,
 ) -> Step3p5ForCausalLM:
     """This rank's share of the model.
+
+    Args:
+        layers: only these; seed and on_device: for random weights.
 
     Raises:
         ConfigError, CheckpointError: as `Step3p5ForCausalLM`.
     """
     if isinstance(source, Step3p5Config):
-        return Step3p5ForCausalLM.from_config(source, variant, parallel, dtype, device)
-    return Step3p5ForCausalLM.from_pretrained(source, variant, parallel, dtype, device)
+        config = config_of(source, layers)
+        return Step3p5ForCausalLM.from_config(
+            config, variant, parallel, dtype, device, seed, on_device
+        )
+    return Step3p5ForCausalLM.from_pretrained(source, variant, parallel, dtype, device, layers)

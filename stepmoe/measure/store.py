@@ -1,6 +1,6 @@
 """Measurements in files: JSON that pandas alone can read, with everything that belongs to them.
 
-A file holds one kind of measurement, latency or accuracy, told by its columns.
+A file holds one kind of measurement, latency, throughput or accuracy, told by its columns.
 
     pandas.read_json("notebooks/results/latency.json", orient="table")
 
@@ -20,21 +20,28 @@ if TYPE_CHECKING:
     import pandas as pd
 
 # What a file of each kind calls itself, and the columns it has at least.
-FORMATS = {"latency": "stepmoe latency 1", "accuracy": "stepmoe accuracy 1"}
+FORMATS = {
+    "latency": "stepmoe latency 1",
+    "throughput": "stepmoe throughput 1",
+    "accuracy": "stepmoe accuracy 1",
+}
 _NEEDED = {
     "latency": ("variant", "tokens", "phase", "median", "p10", "p90", "verdict", "counts"),
+    "throughput": ("variant", "phase", "tokens", "median", "tokens_per_second", "sent", "weights"),
     "accuracy": ("variant", "dtype", "questions", "right", "low", "high", "marks", "answers"),
 }
 
 
 def save(frame: pd.DataFrame, path: str | Path) -> None:
-    """Write what `compare_latency` or `compare_accuracy` returned; by convention under
-    notebooks/results/.
+    """Write what `compare_latency`, `compare_throughput` or `compare_accuracy` returned; by
+    convention under notebooks/results/.
 
     Raises:
         ConfigError: another kind of frame, or no such folder.
     """
-    kind = "accuracy" if "marks" in getattr(frame, "columns", ()) else "latency"
+    columns = getattr(frame, "columns", ())
+    telling = {"marks": "accuracy", "tokens_per_second": "throughput"}
+    kind = next((kind for name, kind in telling.items() if name in columns), "latency")
     check_frame(frame, kind)
     file = Path(path)
     if not file.parent.is_dir():
@@ -69,7 +76,7 @@ def load(path: str | Path) -> pd.DataFrame:
         raise ConfigError(
             f"{file} holds no measurement: its format is {found!r}, wanted "
             f"{' or '.join(map(repr, FORMATS.values()))}. Give a file that stepmoe.measure.save, "
-            "or `python -m stepmoe` bench or accuracy with --json, wrote"
+            "or `python -m stepmoe` bench, prefill or accuracy with --json, wrote"
         )
     try:
         columns = [field["name"] for field in content["schema"]["fields"]]
@@ -82,8 +89,8 @@ def load(path: str | Path) -> pd.DataFrame:
 
 
 def check_frame(frame: pd.DataFrame, kind: str = "latency") -> pd.DataFrame:
-    """The frame, if it is one of `compare_latency`'s or, with kind "accuracy", of
-    `compare_accuracy`'s: rows can be left out, columns cannot."""
+    """The frame, if it is one of `compare_latency`'s or, with another kind, of
+    `compare_throughput`'s or `compare_accuracy`'s: rows can be left out, columns cannot."""
     missing = [name for name in _NEEDED[kind] if name not in getattr(frame, "columns", ())]
     if missing or "hardware" not in frame.attrs:
         raise ConfigError(

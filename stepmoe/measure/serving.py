@@ -1,0 +1,232 @@
+"""What each rank does to measure throughput: the batches of a workload, each step timed."""
+
+from __future__ import annotations
+
+import resource
+import sys
+from collections import Counter
+from dataclasses import dataclass, field
+from functools import partial
+
+import torch
+from torch import Tensor
+
+from stepmoe.causal_lm import Step3p5ForCausalLM
+from stepmoe.comm.ledger import Ledger
+from stepmoe.generation import next_tokens
+from stepmoe.launch import progress, rank_device
+from stepmoe.measure.chip import measure_chip
+from stepmoe.measure.environment import Place, look_around
+from stepmoe.measure.rounds import share_weights, time_call
+from stepmoe.measure.source import load
+from stepmoe.measure.workload import Batch, ThroughputPlan
+from stepmoe.mini.load import RouterLoad
+from stepmoe.model.kv_cache import KVCache
+from stepmoe.roofline import Chip
+
+# What the router's biases, drawn with deviation 0.1, are multiplied by for near-uniform routing:
+# then the busiest of 288 experts gets 1.3 times the mean, with them as drawn 10 times.
+_UNIFORM = 0.01
+
+
+@dataclass
+class StepTimes:
+    """One kind of step of one variant on one rank.
+
+    Attributes:
+        batch, length, context: sequences, new tokens of each, tokens that were in the cache.
+        seconds: of every step, in order.
+        counts, sent: collectives of one step, by kind, and {(op, bytes): how many}.
+        stand_in: seconds of one step that the stand-ins for a simulated rank's collectives took: a
+            real rank has the collectives' time instead. 0 on a real rank.
+        is_graph: decode steps that were replayed from a CUDA graph.
+    """
+
+    phase: str
+    batch: int
+    length: int
+    context: int
+    seconds: list[float] = field(default_factory=list)
+    counts: dict[str, int] = field(default_factory=dict)
+    sent: dict[tuple[str, int], int] = field(default_factory=dict)
+    bytes_sent: float = 0.0
+    stand_in: float = 0.0
+    is_graph: bool = False
+
+    def note(self, ledger: Ledger) -> None:
+        """Keep what one such step sent."""
+        self.counts, self.bytes_sent = ledger.counts(), ledger.bytes_sent()
+        self.sent = dict(Counter((entry.op, entry.bytes) for entry in ledger.entries))
+        # What the fused operation adds and normalises, a real rank does too.
+        self.stand_in = sum(
+            entry.seconds
+            for entry in ledger.entries
+            if entry.implementation == "simulated" and entry.op != "all_reduce_add_rms_norm"
+        )
+
+
+@dataclass
+class RankThroughput:
+    """Everything one rank measured.
+
+    Attributes:
+        steps: variant to its kinds of steps.
+        memory: variant to peak bytes: on a GPU of its allocator while the variant ran, elsewhere of
+            the process up to then.
+        weights: bytes of this rank's weights, which the variants share.
+        chip: of a GPU, what it can do at best; None elsewhere.
+        load: (layers, experts) tokens that each MoE layer's router sent to each expert in one step.
+        notes: what the ledgers remarked.
+    """
+
+    place: Place
+    steps: dict[str, list[StepTimes]]
+    memory: dict[str, int]
+    weights: int
+    chip: Chip | None
+    load: Tensor
+    notes: list[str]
+
+
+def run_workload(plan: ThroughputPlan) -> RankThroughput:
+    """Carry out a plan in this rank, together with all others."""
+    device = rank_device()
+    models = build_models(plan, device)
+    weights = sum(p.numel() * p.element_size() for p in next(iter(models.values())).parameters())
+    watched = {name: _watch(model, plan) for name, model in models.items()}
+    record = RankThroughput(
+        place=look_around(device),
+        steps={name: [steps] for name, (steps, *_) in watched.items()},
+        memory=dict.fromkeys(models, 0),
+        weights=weights,
+        chip=measure_chip(device) if device.type == "cuda" else None,
+        load=next(iter(watched.values()))[1],
+        notes=list(dict.fromkeys(note for *_, notes in watched.values() for note in notes)),
+    )
+    batches = plan.workload.batches
+    for turn in progress(range(-plan.workload.warmup, len(batches)), desc="prefill"):
+        for name in plan.order(turn):
+            peak = _Peak(device)
+            seconds = _prefill(models[name], plan, batches[max(turn, 0)], turn)
+            record.memory[name] = max(record.memory[name], peak.bytes())
+            if turn >= 0:
+                record.steps[name][0].seconds += seconds
+    for size in plan.workload.decode:
+        for name, model in models.items():
+            record.steps[name].append(_decode(model, plan, size))
+    return record
+
+
+def build_models(plan: ThroughputPlan, device: torch.device) -> dict[str, Step3p5ForCausalLM]:
+    """One model a variant, with the same tensors for weights; router biases as `routing` says."""
+    models: dict[str, Step3p5ForCausalLM] = {}
+    for name, layer in plan.variants.items():
+        if models:
+            models[name] = share_weights(next(iter(models.values())), layer)
+            continue
+        models[name] = load(
+            plan.source,
+            layer,
+            plan.parallel,
+            plan.dtype,
+            device,
+            plan.layers,
+            plan.seed,
+            on_device=True,
+        )
+        if plan.routing == "uniform":
+            for parameter_name, parameter in models[name].named_parameters():
+                if parameter_name.endswith("router_bias"):
+                    parameter.mul_(_UNIFORM)
+    return models
+
+
+def _ids(plan: ThroughputPlan, batch: Batch, turn: int) -> Tensor:
+    """Random prompts (prompts, input_len), on every rank the same, others in every turn."""
+    random = torch.Generator().manual_seed(plan.seed + 1000 + turn)
+    shape = (batch.prompts, plan.workload.input_len)
+    return torch.randint(plan.config.vocab_size, shape, generator=random)
+
+
+def _prefill(
+    model: Step3p5ForCausalLM, plan: ThroughputPlan, batch: Batch, turn: int
+) -> list[float]:
+    """Seconds of every prefill step of a batch, then of the decode steps that follow."""
+    work, group = plan.workload, model.comm.group
+    device = model.lm_head.weight.device
+    parts = _ids(plan, batch, turn).to(device).split(batch.length, dim=1)
+    cache, seconds = model.new_cache(work.input_len + work.output_len - 1), []
+    new = parts[-1][:, -1:]
+
+    def run(tokens: Tensor) -> None:
+        nonlocal new
+        new = next_tokens(model, tokens, cache)
+
+    for part in parts:
+        seconds.append(time_call(partial(run, part), device, group))
+    for _ in range(work.output_len - 1):
+        seconds.append(time_call(partial(run, new), device, group))
+    return seconds
+
+
+def _watch(model: Step3p5ForCausalLM, plan: ThroughputPlan) -> tuple[StepTimes, Tensor, list[str]]:
+    """One step with a ledger open and the router's choices counted; untimed."""
+    batch = plan.workload.batches[0]
+    ids = _ids(plan, batch, 0)[:, : batch.length].to(model.lm_head.weight.device)
+    steps = StepTimes("prefill", batch.prompts, batch.length, 0)
+    next_tokens(model, ids, model.new_cache(batch.length))  # compiles and loads what there is
+    counter = RouterLoad(model)
+    with Ledger() as ledger:
+        next_tokens(model, ids, model.new_cache(batch.length))
+    counter.close()
+    steps.note(ledger)
+    load = [count.cpu() for _, count in sorted(counter.take().items())]
+    return steps, torch.stack(load) if load else torch.zeros(0, 0), ledger.notes
+
+
+def _decode(model: Step3p5ForCausalLM, plan: ThroughputPlan, batch: int) -> StepTimes:
+    """Decode steps of `batch` sequences after `context` tokens, whose keys and values are random
+    numbers: what they are does not matter for the time."""
+    work, device = plan.workload, model.lm_head.weight.device
+    steps = StepTimes("decode", batch, 1, work.context)
+    capacity = work.context + work.decode_steps + 1
+    cache = model.new_cache(capacity)
+    new = torch.ones(batch, 1, dtype=torch.int64, device=device)
+    with Ledger() as ledger:  # the first step reserves the cache's slots
+        new = next_tokens(model, new, cache)
+    steps.note(ledger)
+    _fill(cache, work.context, plan.seed)
+
+    def run() -> None:
+        nonlocal new
+        new = next_tokens(model, new, cache)
+
+    for _ in range(work.decode_steps):
+        steps.seconds.append(time_call(run, device, model.comm.group))
+    return steps
+
+
+def _fill(cache: KVCache, context: int, seed: int) -> None:
+    """Let a cache whose slots are reserved hold `context` tokens of random keys and values."""
+    cache.clear()
+    for layer in cache.layers:
+        for kept in (layer.keys, layer.values):
+            if kept is not None:
+                random = torch.Generator(kept.device).manual_seed(seed)
+                kept.normal_(generator=random)
+    cache.advance(context)
+
+
+class _Peak:
+    """Most memory in use since it was made: a GPU's allocator's, or this process's ever."""
+
+    def __init__(self, device: torch.device) -> None:
+        self.device = device
+        if device.type == "cuda":
+            torch.cuda.reset_peak_memory_stats(device)
+
+    def bytes(self) -> int:
+        if self.device.type == "cuda":
+            return torch.cuda.max_memory_allocated(self.device)
+        most = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+        return most if sys.platform == "darwin" else most * 1024

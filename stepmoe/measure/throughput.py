@@ -1,0 +1,171 @@
+"""compare_throughput: tokens a second of every variant on a workload of prompts."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import asdict
+from datetime import UTC, datetime
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+import torch
+
+from stepmoe.launch import Ranks
+from stepmoe.measure.environment import describe
+from stepmoe.measure.frame import plain
+from stepmoe.measure.latency import check_world, ranks_in, run_everywhere
+from stepmoe.measure.serving import RankThroughput, StepTimes, run_workload
+from stepmoe.measure.source import Source
+from stepmoe.measure.workload import Routing, ThroughputPlan, Workload
+from stepmoe.mini.load import imbalance
+from stepmoe.parallel import ParallelConfig
+from stepmoe.variants import VARIANTS
+
+if TYPE_CHECKING:
+    import pandas as pd
+
+
+def compare_throughput(
+    source: Source,
+    variants: Sequence[str] = VARIANTS,
+    workload: Workload | None = None,
+    *,
+    parallel: ParallelConfig | None = None,
+    ranks: Ranks | None = None,
+    dtype: torch.dtype | None = None,
+    routing: Routing | None = None,
+    layers: tuple[int, ...] | None = None,
+    seed: int = 0,
+    timeout: float | None = 600,
+) -> pd.DataFrame:
+    """Run a workload of random prompts with every variant, on the same ranks and weights.
+
+    The variants take turns, a batch of prompts each. A step's time is that of the rank that took
+    longest; the host waits for the GPU between steps, which a serving engine need not.
+
+    One row a variant and kind of step, times in seconds:
+        variant, phase ("prefill", "decode"), batch, length, context: sequences, new tokens of each,
+            tokens in the cache before (decode). tokens: batch x length of a full step.
+        median, p10, p90: of the full steps; steps: how many were timed.
+        tokens_per_second: prefill: prompt and output tokens over the time of all steps, decode
+            steps of the outputs included; decode: new tokens.
+        counts, collectives, bytes_sent: of one step and rank, as in sm.Ledger; sent: the same as a
+            list of {"op", "bytes", "count"}.
+        memory, weights: peak and weights of the rank that holds most, in bytes.
+        stand_in: seconds of a step that the stand-ins for a simulated rank's collectives take.
+        is_graph: whether decode steps were replayed from a CUDA graph.
+    `attrs` holds hardware, "chip" (a GPU's measured rates), versions, dtype, seed, date, parallel,
+    config, workload, every step's time ("samples"), the ledgers' remarks ("notes"), and "routing":
+    what was asked, "busiest": the busiest expert over the mean, averaged over layers, "own_share":
+    the same of the rows that a rank computes, for the rank that has most.
+
+    Args:
+        source: a shape, which gets random weights drawn on the device; or a checkpoint's folder.
+        parallel: None means tp over all ranks; with simulate_rank one rank runs alone.
+        routing: "uniform" makes the random router's biases small, "skewed" keeps them as drawn:
+            some experts then get ten times the mean. None means uniform, and for a checkpoint its
+            own.
+        layers: only these decoder layers.
+
+    Raises:
+        ConfigError: what cannot be run, before anything is.
+        RankError, RankTimeout: as `Ranks.run`.
+    """
+    import pandas as pd
+
+    parallel = parallel or ParallelConfig(tp=ranks_in(ranks))
+    check_world(parallel, ranks)
+    work = workload or Workload()
+    plan = ThroughputPlan.of(source, variants, work, parallel, dtype, routing, layers, seed)
+    records = run_everywhere(ranks, timeout, run_workload, plan)
+    rows, samples = [], []
+    for name in plan.variants:
+        for same in zip(*(record.steps[name] for record in records), strict=True):
+            seconds = [max(times) for times in zip(*(step.seconds for step in same), strict=True)]
+            row = {"variant": name, **_row(plan, same[0], seconds)}
+            row["memory"] = max(record.memory[name] for record in records)
+            row["weights"] = max(record.weights for record in records)
+            rows.append(row)
+            samples.append({key: row[key] for key in ("variant", "phase", "batch")})
+            samples[-1]["seconds"] = seconds
+    frame = pd.DataFrame(rows)
+    frame.attrs = {**_attributes(plan, records), "samples": samples}
+    return frame
+
+
+def _row(plan: ThroughputPlan, step: StepTimes, seconds: list[float]) -> dict[str, Any]:
+    work = plan.workload
+    if step.phase == "prefill":
+        produced = work.prompts * (work.input_len + work.output_len)
+        full = _full_steps(work, seconds)
+    else:
+        produced, full = step.batch * len(seconds), seconds
+    p10, median, p90 = np.quantile(full, (0.1, 0.5, 0.9)).tolist()
+    return {
+        "phase": step.phase,
+        "tokens": step.batch * step.length,
+        "batch": step.batch,
+        "length": step.length,
+        "context": step.context,
+        "median": median,
+        "p10": p10,
+        "p90": p90,
+        "steps": len(full),
+        "tokens_per_second": produced / sum(seconds),
+        "collectives": sum(step.counts.values()),
+        "counts": step.counts,
+        "bytes_sent": step.bytes_sent,
+        "sent": [
+            {"op": op, "bytes": size, "count": count} for (op, size), count in step.sent.items()
+        ],
+        "stand_in": step.stand_in,
+        "is_graph": step.is_graph,
+    }
+
+
+def _full_steps(work: Workload, seconds: list[float]) -> list[float]:
+    """The times of the steps that are as long and wide as the first."""
+    kept, times, first = [], iter(seconds), work.batches[0]
+    for batch in work.batches:
+        for start in range(0, work.input_len, batch.length):
+            length = min(batch.length, work.input_len - start)
+            time = next(times)
+            if (batch.prompts, length) == (first.prompts, first.length):
+                kept.append(time)
+        for _ in range(work.output_len - 1):
+            next(times)
+    return kept
+
+
+def _attributes(plan: ThroughputPlan, records: list[RankThroughput]) -> dict[str, Any]:
+    first = records[0]
+    return {
+        "recorded": False,
+        "hardware": describe([record.place for record in records]),
+        "chip": asdict(first.chip) if first.chip else None,
+        "versions": first.place.versions,
+        "dtype": str(plan.dtype).removeprefix("torch."),
+        "seed": plan.seed,
+        "date": datetime.now(UTC).isoformat(timespec="seconds"),
+        "parallel": asdict(plan.parallel),
+        "config": plain(asdict(plan.config)),
+        "layers": plain(plan.layers),
+        "workload": plain(asdict(plan.workload)),
+        "routing": {"asked": plan.routing, **_balance(plan, records)},
+        "notes": list(dict.fromkeys(note for record in records for note in record.notes)),
+    }
+
+
+def _balance(plan: ThroughputPlan, records: list[RankThroughput]) -> dict[str, float]:
+    """How evenly the tokens of one step were spread over experts and over ranks."""
+    load = records[0].load
+    if not load.numel():
+        return {"busiest": 1.0, "own_share": 1.0}
+    groups = load.view(len(load), plan.parallel.ep, -1).sum(-1).float()
+    if plan.parallel.simulate_rank is not None:  # this rank's group alone was computed
+        own = plan.parallel.simulate_rank // plan.parallel.moe_tp
+        share = groups[:, own] / groups.mean(-1)
+    else:
+        share = groups.amax(-1) / groups.mean(-1)
+    busiest = sum(imbalance(layer) for layer in load) / len(load)
+    return {"busiest": busiest, "own_share": float(share.mean())}

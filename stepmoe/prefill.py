@@ -1,0 +1,102 @@
+"""Throughput without a notebook: `python -m stepmoe prefill`, alone or under torchrun.
+
+The published comparison, on 8 GPUs:
+
+    torchrun --nproc-per-node 8 -m stepmoe prefill --shape flash --ep 4 \\
+        --input-len 8192 --output-len 1 --prompts 200 --chunk 16384
+"""
+
+from __future__ import annotations
+
+import argparse
+from functools import partial
+from typing import TYPE_CHECKING, Any
+
+import torch
+
+from stepmoe import command
+from stepmoe.hub import locate
+from stepmoe.measure import Workload, compare_throughput, save
+from stepmoe.measure.report import throughput_table
+from stepmoe.measure.workload import ROUTINGS, ThroughputPlan
+
+if TYPE_CHECKING:
+    import pandas as pd
+
+_RANKS = 4  # as many as the notebooks use
+_NUMBERS = {
+    "input-len": "tokens of a prompt",
+    "output-len": "new tokens of each; the first comes with the prefill",
+    "prompts": "how many",
+    "chunk": "most tokens of a prefill step",
+    "warmup": "batches of prompts before those that are timed",
+    "context": "tokens before a decode step",
+    "decode-steps": "decode steps for each batch size",
+}
+
+
+def register(subparsers: argparse._SubParsersAction[argparse.ArgumentParser]) -> None:
+    """Add the `prefill` command."""
+    parser = subparsers.add_parser(
+        "prefill",
+        help="measure tokens a second of each variant on a workload",
+        description="Run prompts through the whole model, in steps of so many tokens, with each "
+        "variant in turn. Alone it starts its own ranks; under torchrun it uses torchrun's.",
+    )
+    command.add_shape(parser)
+    add = parser.add_argument
+    add("--weights", help="a checkpoint's folder, or its name on the hub (default: random weights)")
+    for name, meaning in _NUMBERS.items():
+        default = getattr(Workload, name.replace("-", "_"))
+        add(f"--{name}", type=int, default=default, help=f"{meaning} (default: {default})")
+    sizes = "also time decode steps at these batch sizes"
+    add("--decode", nargs="+", type=int, default=[], metavar="BATCH", help=sizes)
+    add("--routing", choices=ROUTINGS, help="of random weights (default: uniform)")
+    add("--seed", type=int, default=0)
+    command.add_arguments(parser, _RANKS, "the shape's own")
+    parser.set_defaults(run=_run)
+
+
+def _run(args: argparse.Namespace) -> int:
+    checked, give = partial(_checked, args), partial(_give, args)
+    return command.carry_out("prefill", args, checked, compare_throughput, give)
+
+
+def _checked(args: argparse.Namespace) -> dict[str, Any]:
+    """The arguments of compare_throughput; raises for what is wrong before any rank starts."""
+    layers = command.layers_of(args)
+    source = locate(args.weights, layers) if args.weights else command.shape_of(args)
+    numbers = {name.replace("-", "_") for name in _NUMBERS}
+    workload = Workload(
+        decode=tuple(args.decode), **{name: getattr(args, name) for name in numbers}
+    )
+    arguments = {
+        "source": source,
+        "variants": command.variants_of(args),
+        "workload": workload,
+        "parallel": command.layout_of(args, _RANKS, args.simulate_rank),
+        "dtype": getattr(torch, args.dtype) if args.dtype else None,
+        "routing": args.routing,
+        "layers": layers,
+        "seed": args.seed,
+    }
+    plan = ThroughputPlan.of(**arguments)
+    command.check_memory(plan.config, plan.parallel, plan.dtype, args.device)
+    return {**arguments, "dtype": plan.dtype, "timeout": args.timeout}
+
+
+def _give(args: argparse.Namespace, arguments: dict[str, Any], frame: pd.DataFrame) -> None:
+    """Print it, and write the file asked for."""
+    options = {
+        **command.shape_options(args),
+        **command.layout_options(args, arguments),
+        **{name: [getattr(args, name.replace("-", "_"))] for name in _NUMBERS},
+        "seed": [args.seed],
+    }
+    for name in ("decode", "routing", "weights"):
+        if value := getattr(args, name):
+            options[name] = value if isinstance(value, list) else [value]
+    frame.attrs["command"] = command.command_line("prefill", options)
+    print(throughput_table(frame))
+    if args.json:
+        save(frame, args.json)

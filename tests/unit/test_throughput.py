@@ -1,0 +1,125 @@
+"""Throughput of a workload: how prompts are cut into steps, and what a simulated rank reports."""
+
+import json
+
+import pytest
+import torch
+
+import stepmoe as sm
+from stepmoe.__main__ import main
+from stepmoe.measure import Workload, compare_throughput, load, save
+from stepmoe.measure.workload import Batch
+
+TINY = sm.Step3p5Config.tiny()
+ALONE = sm.ParallelConfig(4, 2, simulate_rank=1)
+
+
+@pytest.mark.parametrize(
+    ("input_len", "prompts", "chunk", "batches"),
+    [
+        (8192, 5, 16384, [Batch(2, 8192), Batch(2, 8192), Batch(1, 8192)]),
+        (8192, 2, 8192, [Batch(1, 8192)] * 2),
+        (8192, 2, 3000, [Batch(1, 3000)] * 2),  # each prompt in steps of 3000, 3000, 2192
+        (10, 3, 64, [Batch(3, 10)]),
+    ],
+)
+def test_prompts_share_steps_that_have_room(input_len, prompts, chunk, batches):
+    work = Workload(input_len, 1, prompts, chunk)
+    assert work.batches == batches
+    assert all(batch.prompts * batch.length <= chunk for batch in work.batches)
+
+
+@pytest.fixture(scope="module")
+def frame():
+    work = Workload(
+        input_len=40, output_len=3, prompts=3, chunk=16, decode=(3,), context=30, decode_steps=2
+    )
+    return compare_throughput(TINY, ["deferred", "reduce_scatter"], work, parallel=ALONE)
+
+
+def test_steps_tokens_and_time_agree(frame):
+    for row, sample in zip(frame.to_dict("records"), frame.attrs["samples"], strict=True):
+        seconds = sample["seconds"]
+        if row["phase"] == "decode":
+            assert (row["batch"], row["length"], row["context"]) == (3, 1, 30)
+            assert row["tokens_per_second"] == pytest.approx(3 * 2 / sum(seconds))
+            continue
+        # Three prompts, each in steps of 16, 16 and 8, and two decode steps for three new tokens.
+        assert len(seconds) == 3 * (3 + 2)
+        assert row["steps"] == 6
+        assert row["tokens_per_second"] == pytest.approx(3 * 43 / sum(seconds))
+        full = [s for i, s in enumerate(seconds) if i % 5 < 2]
+        assert row["median"] == pytest.approx(torch.tensor(full).double().quantile(0.5).item())
+        assert row["memory"] > row["weights"] > 0
+
+
+def test_what_it_sends_is_what_a_ledger_sees(frame):
+    for row in frame.to_dict("records"):
+        model = sm.Step3p5ForCausalLM.from_config(TINY, row["variant"], ALONE)
+        with sm.Ledger() as ledger:
+            model(torch.ones(row["batch"], row["length"], dtype=torch.int64), last_only=True)
+        assert row["counts"] == ledger.counts() != {}
+        assert row["bytes_sent"] == ledger.bytes_sent()
+        assert sum(part["count"] for part in row["sent"]) == len(ledger.entries)
+        assert 0 < row["stand_in"] < max(row["p90"], 1)  # nothing was sent, copies were made
+        sizes = sum(part["bytes"] * part["count"] for part in row["sent"])
+        assert sizes == sum(entry.bytes for entry in ledger.entries)
+
+
+def test_routing_by_choice():
+    work = Workload(input_len=64, prompts=8, chunk=512)
+    busiest = {}
+    for routing in ("uniform", "skewed"):
+        frame = compare_throughput(TINY, ["deferred"], work, parallel=ALONE, routing=routing)
+        busiest[routing] = frame.attrs["routing"]["busiest"]
+    # 512 tokens x 4 of 16 experts: the busiest of an even router has a tenth more than the mean.
+    assert 1 < busiest["uniform"] < busiest["skewed"] - 0.2
+
+
+def test_it_is_kept_in_a_file(frame, tmp_path):
+    save(frame, tmp_path / "x.json")
+    again = load(tmp_path / "x.json")
+    assert again.drop(columns="counts").equals(frame.drop(columns="counts"))
+    assert again.attrs == frame.attrs | {"recorded": True}
+    with pytest.raises(sm.ConfigError, match="lacks the columns sent"):
+        save(frame.drop(columns="sent"), tmp_path / "y.json")
+
+
+@pytest.mark.parametrize(
+    ("words", "message"),
+    [
+        ("--chunk 0", "chunk must be a whole number of at least 1, got 0"),
+        ("--input-len 3000", "exceeds max_position_embeddings = 2048"),
+        ("--input-len 8 --decode 4 --context 2040", "exceeds max_position_embeddings = 2048"),
+        ("--input-len 8 --simulate-rank 4", "simulate_rank must be"),
+        ("--input-len 8 --layers 3-1", "runs backwards"),
+        ("--input-len 8 --layers 5", "layer 5 does not exist"),
+        ("--weights nowhere --input-len 8", "no config.json at nowhere"),
+        ("--input-len 8 --variant deferred deferred", "none twice"),
+        ("--input-len 8 --shape nowhere", "--shape nowhere: give tiny, flash, or a folder"),
+    ],
+)
+def test_bad_arguments_are_named(words, message, capsys):
+    assert main(["prefill", "--tp", "4", *words.split(), "--device", "cpu"]) == 2
+    assert message in capsys.readouterr().err
+
+
+def test_a_flash_step_that_does_not_fit_is_refused(capsys, monkeypatch):
+    monkeypatch.setattr("os.sysconf", lambda name: 2**12)  # 4096 pages of 4096 bytes
+    assert main(["prefill", "--shape", "flash", "--tp", "8", "--ep", "4", "--device", "cpu"]) == 2
+    assert "the weights of --shape take" in capsys.readouterr().err
+
+
+def test_some_real_layers_by_the_command(tmp_path, capsys):
+    folder = "tests/step3p5-tiny-reference"
+    words = f"prefill --weights {folder} --layers 1-2 --tp 4 --simulate-rank 3 --input-len 9"
+    file = tmp_path / "x.json"
+    assert main([*words.split(), "--prompts", "2", "--device", "cpu", "--json", str(file)]) == 0
+    shown = capsys.readouterr().out
+    assert "routing of the checkpoint" in shown
+    assert "this rank" in shown
+    attrs = json.loads(file.read_text())["attrs"]
+    assert attrs["config"]["num_hidden_layers"] == 2
+    assert "--weights" in attrs["command"]
+    assert main([*words.split(), "--routing", "skewed"]) == 2
+    assert "a checkpoint has its own" in capsys.readouterr().err
