@@ -13,7 +13,7 @@ from torch import Tensor
 
 from stepmoe.causal_lm import Step3p5ForCausalLM
 from stepmoe.comm.ledger import Ledger
-from stepmoe.generation import next_tokens
+from stepmoe.generation import graph_for, next_tokens
 from stepmoe.launch import progress, rank_device
 from stepmoe.measure.chip import measure_chip
 from stepmoe.measure.environment import Place, look_around
@@ -190,19 +190,22 @@ def _decode(model: Step3p5ForCausalLM, plan: ThroughputPlan, batch: int) -> Step
     work, device = plan.workload, model.lm_head.weight.device
     steps = StepTimes("decode", batch, 1, work.context)
     capacity = work.context + work.decode_steps + 1
-    cache = model.new_cache(capacity)
+    graph = graph_for(model, batch, capacity)
+    cache = graph.cache if graph else model.new_cache(capacity)
     new = torch.ones(batch, 1, dtype=torch.int64, device=device)
-    with Ledger() as ledger:  # the first step reserves the cache's slots
-        new = next_tokens(model, new, cache)
-    steps.note(ledger)
-    _fill(cache, work.context, plan.seed)
 
     def run() -> None:
         nonlocal new
-        new = next_tokens(model, new, cache)
+        new = graph.step(new) if graph else next_tokens(model, new, cache)
 
+    with Ledger() as ledger:  # the first step reserves the cache's slots
+        run()
+    steps.note(ledger)
+    steps.is_graph = graph is not None
+    _fill(cache, work.context, plan.seed)
     for _ in range(work.decode_steps):
         steps.seconds.append(time_call(run, device, model.comm.group))
+    model.decode_graph = None  # the next batch needs its memory
     return steps
 
 
