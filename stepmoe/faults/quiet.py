@@ -90,6 +90,8 @@ class _OneShot(Communicator):
     """The same sums by the other of two right ways: gathers every addend, and adds them itself."""
 
     def all_reduce(self, partial: Placed, site: str) -> Placed:
+        if site == "capture":  # no part of the layer
+            return super().all_reduce(partial, site)
         ranks, addend = self.group.size, partial.tensor
         own = self.sharded(addend, ranks * addend.shape[0], partial.name, partial.layer)
         every = self.all_gather(own, site).tensor.view(ranks, *addend.shape)

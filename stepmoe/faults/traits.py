@@ -69,8 +69,9 @@ class Traits:
         if self.hung != other.hung:
             return "the ranks would hang" if other.hung else "the ranks would come to an end"
         if self.ledger != other.ledger:
-            where = ", ".join(other.ledger) or "no layer"
-            return f"the ledger would differ from the promise in {where}"
+            if not other.ledger:
+                return "the ledger would be as promised"
+            return f"the ledger would differ from the promise in {', '.join(other.ledger)}"
         if self.right != other.right:
             return f"the logits would be {'right' if other.right else 'wrong'}"
         if self.agree != other.agree:
