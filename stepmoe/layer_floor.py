@@ -132,8 +132,10 @@ def _heading(layer: dict[str, Any]) -> str:
         f"tokens, context {layer['context']}: {layer['seconds'] * 1e6:.1f} us, "
         f"floor {layer['floor'] * 1e6:.1f}, ratio {layer['ratio']:.2f}"
     )
+    if layer["eager_seconds"] is not None:
+        text += f"; launched by the host: {layer['eager_seconds'] * 1e6:.1f} us"
     if layer["memory_ratio"] is not None:
         text += f"; memory {layer['memory_ratio']:.2f} x unavoidable"
     if "peer_seconds" in layer:
-        text += f"; transformers {layer['peer_seconds'] / layer['seconds']:.1f} x slower"
+        text += f"; transformers takes {layer['peer_seconds'] / layer['seconds']:.1f} x as long"
     return text

@@ -11,7 +11,7 @@ from __future__ import annotations
 
 import statistics
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 
 import torch
@@ -44,7 +44,8 @@ class LayerTime:
     """One layer's share in one step.
 
     Attributes:
-        seconds: of a whole layer, gaps between kernels included.
+        seconds: of a whole layer replayed from a CUDA graph, gaps between kernels included.
+        eager_seconds: the same launched by the host, kernel by kernel; None in decoding.
         operations: those that ran as kernels of their own, in the order of the layer.
         other: seconds of the kernels that belong to none of them.
         activation_bytes: most memory a layer held beyond its weights and cache; None in decoding,
@@ -56,7 +57,8 @@ class LayerTime:
     seconds: float
     operations: list[OperationTime]
     other: float
-    activation_bytes: int | None
+    activation_bytes: int | None = None
+    eager_seconds: float | None = None
 
     def floor(self, chip: Chip) -> float:
         """Seconds that the operations take at least, one after the other."""
@@ -108,9 +110,11 @@ class Stack:
         """All tokens of `batch` sequences at once, without a cache."""
         ids = self._tokens(batch, length)
         runs = [partial(model, ids, last_only=True) for model in self.models]
-        seconds = self._per_layer(runs)
+        eager = self._per_layer(runs)
         held = self._activation_bytes(runs[0], 2 * batch * length * self.config.hidden_size * 2)
-        return self._result("prefill", seconds, runs[0], batch, length, length, held)
+        seconds = self._per_layer([graph_of(run) for run in runs])
+        result = self._result("prefill", seconds, runs[0], batch, length, length)
+        return replace(result, activation_bytes=held, eager_seconds=eager)
 
     def decode(self, batch: int, context: int) -> LayerTime:
         """One token for each of `batch` sequences, the `context`-th, replayed from a CUDA graph."""
@@ -120,7 +124,7 @@ class Stack:
             eager.append(_decode_step(model, ids, context))
             runs.append(graph_of(eager[-1]))
         seconds = self._per_layer(runs)
-        return self._result("decode", seconds, eager[0], batch, 1, context, None)
+        return self._result("decode", seconds, eager[0], batch, 1, context)
 
     def growth(self, batch: int, steps: int) -> int:
         """Bytes by which the memory in use grows over that many passes of `batch` tokens."""
@@ -148,7 +152,6 @@ class Stack:
         batch: int,
         length: int,
         context: int,
-        held: int | None,
     ) -> LayerTime:
         work = Work(
             self.config, self.layer, self.parallel, batch, length, context, *self._routed(run)
@@ -159,7 +162,7 @@ class Stack:
             spent = sum(times.pop(name, 0.0) for name in RANGES[needs.name])
             if spent:
                 rows.append(OperationTime(needs, spent))
-        return LayerTime(work, phase, seconds, rows, sum(times.values()), held)
+        return LayerTime(work, phase, seconds, rows, sum(times.values()))
 
     def _routed(self, run: Callable[[], object]) -> tuple[float, float, float]:
         """Rows, experts and tokens of this rank, the mean over the layers that are measured."""

@@ -22,6 +22,7 @@ def layer_record(attention: str, layer: LayerTime, chip: Chip) -> dict[str, Any]
         "experts": work.experts,
         "tokens_here": work.tokens_here,
         "seconds": layer.seconds,
+        "eager_seconds": layer.eager_seconds,
         "floor": layer.floor(chip),
         "ratio": layer.ratio(chip),
         "other": layer.other,
