@@ -61,10 +61,15 @@ class RoutedExperts(nn.Module):
         order = sort_by_expert(topk_ids, self.first_expert, len(self.down_proj.weight))
         starts = passes(order, self.ep)
         for start in starts:
-            activated = gate_up_swiglu(
-                hidden_states, self.gate_up_proj.weight, order, start, starts.step, self.limit
+            # Nested: what lies between the products is gone before the sum needs memory.
+            rows = grouped_linear(
+                gate_up_swiglu(
+                    hidden_states, self.gate_up_proj.weight, order, start, starts.step, self.limit
+                ),
+                self.down_proj.weight,
+                order,
+                start,
             )
-            rows = grouped_linear(activated, self.down_proj.weight, order, start)
             onto = unpermute_rows(rows, order, topk_weights, start, onto)
         return hidden_states.new_zeros(hidden_states.shape) if onto is None else onto
 
@@ -72,8 +77,8 @@ class RoutedExperts(nn.Module):
 def passes(order: RowOrder, ep: int) -> range:
     """First row of every pass over this rank's rows; the step is how many a pass has room for.
 
-    On a GPU the host does not wait to learn how many rows there are. The first pass has room for a
-    quarter more than the average; the later ones, up to all choices of all tokens, find no row and
+    On a GPU the host does not wait to learn how many rows there are. The first pass has room for an
+    eighth more than the average; the later ones, up to all choices of all tokens, find no row and
     end at once unless the routing is badly out of balance. So memory is bounded, and however the
     tokens are spread, none is dropped. Where all choices are few, one pass has room for them.
     """
@@ -82,7 +87,7 @@ def passes(order: RowOrder, ep: int) -> range:
         return range(0, num_rows, max(1, num_rows))
     num_choices = order.positions.numel()
     is_one = ep == 1 or num_choices <= FEW_CHOICES
-    return range(0, num_choices, max(1, num_choices) if is_one else -(-5 * num_choices // (4 * ep)))
+    return range(0, num_choices, max(1, num_choices) if is_one else -(-9 * num_choices // (8 * ep)))
 
 
 class ExpertWeights(nn.Module):
