@@ -11,7 +11,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from stepmoe.comm import wire
-from stepmoe.comm.fusion import Choice, choose
+from stepmoe.comm.fusion import Choice, fusion_of
 from stepmoe.comm.groups import RankGroup
 from stepmoe.comm.ledger import Entry, record
 from stepmoe.comm.placement import PARTIAL, REPLICATE, TOKEN_SHARD, Placed
@@ -96,22 +96,25 @@ class Communicator:
         """Complete a pending sum, add it to the residual and normalise, as one operation.
 
         weight (D,) and eps are the Gemma norm's. Returns (normalised, residual), both Replicate and
-        in the dtype of partial. `fusion.choose` says which implementation runs.
+        in the dtype of partial. stepmoe.comm.fusion chooses the implementation, and the ledger's
+        entry says which ran and why.
         """
         self._expect_partial(partial, "all_reduce_add_rms_norm")
         residual.replicated("all_reduce_add_rms_norm")
         tensor = partial.tensor
         done = partial.with_(tensor, REPLICATE)
         partial.spent = True
-        choice = self._simulated or choose(
-            tensor.shape[0], tensor.shape[1], tensor.dtype, tensor.device
-        )
+        choice = self._simulated or self._choose(tensor, weight)
         entry = self._entry("all_reduce_add_rms_norm", done, tensor, site)
         entry.implementation, entry.reason = choice.implementation, choice.reason
         with record(entry, tensor.device, self.group):
-            if self.group.size > 1:
-                wire.all_reduce(tensor, self.group)
-            normed, total = add_gemma_rms_norm(tensor, residual.tensor, weight, eps)
+            if choice.implementation in ("unfused", "simulated"):
+                if self.group.size > 1:
+                    wire.all_reduce(tensor, self.group)
+                normed, total = add_gemma_rms_norm(tensor, residual.tensor, weight, eps)
+            else:
+                fusion = fusion_of(self.group)
+                normed, total = fusion.run(choice, tensor, residual.tensor, weight, eps)
         return done.with_(normed, name="hidden_states"), residual.with_(total)
 
     def keep_own_tokens(self, whole: Placed, tokens_per_rank: int) -> Placed:
@@ -120,6 +123,12 @@ class Communicator:
         padded = _pad(whole.tensor, self.group.size * tokens_per_rank)
         start = self.group.index * tokens_per_rank
         return whole.with_(padded[start : start + tokens_per_rank], TOKEN_SHARD)
+
+    def _choose(self, partial: Tensor, weight: Tensor) -> Choice:
+        """What carries out a fused operation; the ranks agree on it at the first of its kind."""
+        if self.group.size == 1:
+            return Choice("unfused", "one rank: there is no sum to complete")
+        return fusion_of(self.group).choose(self.group, partial, weight)
 
     def _expect_own_group(self, placed: Placed, op: str) -> None:
         if placed.group != self.group:

@@ -95,7 +95,25 @@ def prepare_rank(rank: int, world: int, local_rank: int, ranks_here: int, device
     )
     if device.startswith("cuda"):
         torch.cuda.set_device(torch.device(device))
+        _prepare_symmetric_memory(ranks_here)
+    else:
+        os.environ.setdefault("TRITON_INTERPRET", "1")  # on CPUs, Triton has only its interpreter
     torch.set_num_threads(max(1, (os.cpu_count() or 1) // ranks_here))
+
+
+def _prepare_symmetric_memory(ranks_here: int) -> None:
+    """How torch shares memory between GPUs; read at its first use. What the user set stays."""
+    settings = {
+        # Our kernels read their peers one by one, and multicast fails on some machines
+        # (vLLM #34891, #48071).
+        "TORCH_SYMM_MEM_DISABLE_MULTICAST": "1",
+        # With a pool, memory that is freed and taken again keeps its old mapping to the peers.
+        "TORCH_SYMMMEM_IMPLICIT_POOL": "0",
+    }
+    if ranks_here > torch.cuda.device_count():
+        settings["TORCH_SYMM_MEM_ALLOW_OVERLAPPING_DEVICES"] = "1"
+    for name, value in settings.items():
+        os.environ.setdefault(name, value)
 
 
 def use_loopback() -> None:

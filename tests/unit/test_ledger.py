@@ -7,7 +7,6 @@ import torch
 
 import stepmoe as sm
 from stepmoe.comm import ledger as ledger_module
-from stepmoe.comm.fusion import GATES, choose
 from stepmoe.comm.ledger import Entry, in_flight, note, record, repeat, untimed
 
 CPU = torch.device("cpu")
@@ -100,19 +99,6 @@ def test_one_rank_sends_nothing_and_the_ledger_says_so():
         model(torch.zeros(1, 3, dtype=torch.int64))
     assert ledger.counts() == {}
     assert {step.op for step in ledger.steps} >= {"attention", "experts", "share_expert", "mlp"}
-
-
-def test_the_gates_as_published():
-    """2048 tokens in sglang; 0.5 MB in vLLM, which is 64 tokens of 4096 in bfloat16."""
-    sglang, vllm = GATES["sglang"], GATES["vllm"]
-    for gate, most in ((sglang, 2048), (vllm, 64)):
-        assert gate.allows(most, 4096, torch.bfloat16)
-        assert not gate.allows(most + 1, 4096, torch.bfloat16)
-
-
-def test_the_choice_gives_its_reason():
-    assert choose(2049, 4096, torch.bfloat16, CPU).reason.startswith("2049 tokens are more")
-    assert "CPU" in choose(8, 4096, torch.bfloat16, CPU).reason
 
 
 def test_a_ledger_is_opened_once():
