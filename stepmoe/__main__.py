@@ -5,11 +5,11 @@ import sys
 from collections.abc import Sequence
 
 import stepmoe
-from stepmoe import accuracy, bench, doctor, layer_floor, prefill
+from stepmoe import accuracy, bench, bench_fusion, doctor, layer_floor, prefill
 
 # Each module has `register(subparsers)`, which adds its parser and sets `run` on it: a function
 # from the parsed arguments to the exit status.
-COMMANDS = (doctor, bench, prefill, layer_floor, accuracy)
+COMMANDS = (doctor, bench, bench_fusion, prefill, layer_floor, accuracy)
 
 
 def main(argv: Sequence[str] | None = None) -> int:

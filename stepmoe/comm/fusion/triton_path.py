@@ -73,9 +73,9 @@ class TritonPath:
 
         if is_interpreted() == partial.is_cuda:
             raise RuntimeError(
-                "CPU tensors need Triton's interpreter: set TRITON_INTERPRET=1 before Triton is imported"
-                if not partial.is_cuda
-                else "TRITON_INTERPRET is set, with which no kernel runs on the GPU"
+                "TRITON_INTERPRET is set, with which no kernel runs on the GPU"
+                if partial.is_cuda
+                else "on CPU, TRITON_INTERPRET=1 must be set before Triton is imported"
             )
         capacity = FIRST_CAPACITY
         while capacity < partial.shape[0]:
