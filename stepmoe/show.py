@@ -1,6 +1,7 @@
 """Show the package's own source in a notebook, and how one piece differs from another.
 
     show.source(DeferredLayer.forward)
+    show.source("stepmoe.kernels.all_reduce_norm_gpu.meet")     # without importing it
     show.diff(ThreeAllReducesLayer.forward, DeferredLayer.forward)
 
 What is shown depends on the source alone, so a notebook's outputs can be compared. Plain text comes
@@ -9,6 +10,8 @@ with the coloured HTML, for a terminal and for whoever reads without colour.
 
 from __future__ import annotations
 
+import ast
+import importlib.util
 import inspect
 import textwrap
 from dataclasses import dataclass
@@ -37,10 +40,13 @@ _PRE = "font-family:monospace;line-height:1.35;margin:0;background:transparent"
 def source(obj: Any) -> None:
     """Display the source of a function, class or method, with its file.
 
+    Given as text, "package.module.name", its module is read and not imported: a Triton kernel can be
+    shown where Triton is not installed.
+
     Without line numbers, which an edit above it would change in every notebook's output.
 
     Raises:
-        ConfigError: it has no Python source.
+        ConfigError: it has no Python source, or there is nothing of that name.
     """
     place, text = _read(obj)
     display(_Shown(place, text, lexers.PythonLexer()))
@@ -85,6 +91,8 @@ class _Shown:
 
 def _read(obj: Any) -> tuple[str, str]:
     """Where an object is defined, and its source without the indentation it has there."""
+    if isinstance(obj, str):
+        return _read_named(obj)
     obj = inspect.unwrap(obj) if callable(obj) else obj
     try:
         lines = inspect.getsource(obj)
@@ -95,6 +103,24 @@ def _read(obj: Any) -> tuple[str, str]:
         ) from error
     name = getattr(obj, "__qualname__", type(obj).__name__)
     return f"{_place(Path(file))}  {name}", textwrap.dedent(lines).rstrip()
+
+
+def _read_named(name: str) -> tuple[str, str]:
+    """The same for "package.module.function", from the module's file alone."""
+    module, _, wanted = name.rpartition(".")
+    try:
+        spec = importlib.util.find_spec(module)
+    except (ImportError, ValueError):
+        spec = None
+    if spec is not None and spec.origin is not None:
+        text = Path(spec.origin).read_text()
+        for node in ast.parse(text).body:
+            if getattr(node, "name", None) == wanted:
+                decorators = getattr(node, "decorator_list", [])
+                first = min([node.lineno, *(each.lineno for each in decorators)])
+                lines = text.splitlines()[first - 1 : node.end_lineno]
+                return f"{_place(Path(spec.origin))}  {wanted}", "\n".join(lines)
+    raise ConfigError(f"{name!r}: no such function or class; give package.module.name")
 
 
 def _place(file: Path) -> str:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import linecache
 import re
+import sys
 from functools import wraps
 from html import unescape
 from pathlib import Path
@@ -126,10 +127,33 @@ def test_a_decorated_function_shows_itself() -> None:
     assert 'return "inside"' in shown(show.source, inner)[0]
 
 
-@pytest.mark.parametrize("obj", [len, 3, "text", None])
+@pytest.mark.parametrize("obj", [len, 3, None])
 def test_what_has_no_source_says_what_to_give(obj: Any) -> None:
     with pytest.raises(sm.ConfigError, match=r"no Python source.*give a function"):
         show.source(obj)
+
+
+def test_a_name_is_read_without_importing_its_module() -> None:
+    """The module imports Triton, which may be missing; the source and its decorator still show."""
+    module = "stepmoe.kernels.all_reduce_norm_gpu"
+    with mock.patch.dict(sys.modules):
+        sys.modules.pop(module, None)
+        text, _ = shown(show.source, f"{module}.meet")
+        assert module not in sys.modules
+    caption, decorator, signature, *body = text.splitlines()
+    assert caption == "stepmoe/kernels/all_reduce_norm_gpu.py  meet"
+    assert decorator == "@triton.jit"
+    assert signature.startswith("def meet(flags, number, ")
+    assert "tl.atomic_xchg" in "".join(body)
+    assert "def " not in "".join(body)
+    by_name, _ = shown(show.source, "stepmoe.show.diff")
+    assert by_name == shown(show.source, show.diff)[0]
+
+
+@pytest.mark.parametrize("name", ["text", "stepmoe.show.nothing", "stepmoe.nothing.source"])
+def test_a_name_that_is_not_there(name: str) -> None:
+    with pytest.raises(sm.ConfigError, match=f"'{name}': no such function or class"):
+        show.source(name)
 
 
 def test_a_function_of_a_cell_is_said_to_be_of_this_notebook() -> None:
