@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from contextlib import nullcontext
 from dataclasses import dataclass
 
 import torch
@@ -9,9 +10,14 @@ from torch import Tensor
 
 from stepmoe.capture import Capture
 from stepmoe.causal_lm import Step3p5ForCausalLM, Variant
+from stepmoe.comm.communicator import Communicator
+from stepmoe.comm.fusion import force
+from stepmoe.comm.groups import build_groups, world_size
 from stepmoe.comm.ledger import Ledger
 from stepmoe.config import Step3p5Config
 from stepmoe.errors import ConfigError, PlacementError
+from stepmoe.kernels.norm import add_gemma_rms_norm
+from stepmoe.launch.rank import rank_device
 from stepmoe.parallel import ParallelConfig
 
 
@@ -76,3 +82,48 @@ def refusal(variant: Variant, parallel: ParallelConfig, input_ids: Tensor) -> st
     except PlacementError as error:
         return str(error)
     return "it ran"
+
+
+@dataclass
+class FusedCall:
+    """One rank's all-reduce + add + norm of random inputs.
+
+    Attributes:
+        normed: (tokens, hidden), on the CPU.
+        error: of normed, relative to float64.
+        implementation, reason: what ran, and why.
+    """
+
+    normed: Tensor
+    error: float
+    implementation: str
+    reason: str
+
+
+def fused_call(
+    implementation: str | None = None,
+    tokens: int = 3,
+    hidden_size: int = 192,
+    dtype: torch.dtype = torch.float32,
+    seed: int = 0,
+) -> FusedCall:
+    """Run the fused operation once over all ranks, on their own devices.
+
+    Runs inside a rank. implementation None leaves the choice to stepmoe.comm.fusion; otherwise it
+    is forced, and ConfigError says why where it cannot run.
+    """
+    device, eps = rank_device(), 1e-5
+    comm = Communicator(build_groups(ParallelConfig(world_size()))["tp"])
+    torch.manual_seed(seed)  # all ranks draw all ranks' partial sums, and take their own
+    partials = torch.randn(comm.group.size, tokens, hidden_size).to(device, dtype)
+    residual = torch.randn(tokens, hidden_size).to(device, dtype)
+    weight = (0.2 * torch.randn(hidden_size)).to(device, dtype)
+    partial = comm.partial(partials[comm.group.index].clone(), "partial")
+    with Ledger() as ledger, force(implementation) if implementation else nullcontext():
+        normed, _ = comm.all_reduce_add_rms_norm(
+            partial, comm.replicated(residual, "residual"), weight, eps, "fused_call"
+        )
+    exact = add_gemma_rms_norm(partials.double().sum(0), residual.double(), weight.double(), eps)[0]
+    error = ((normed.tensor - exact).norm() / exact.norm()).item()
+    entry = ledger.entries[0]
+    return FusedCall(normed.tensor.cpu(), error, entry.implementation, entry.reason)

@@ -40,8 +40,8 @@ _PRE = "font-family:monospace;line-height:1.35;margin:0;background:transparent"
 def source(obj: Any) -> None:
     """Display the source of a function, class or method, with its file.
 
-    Given as text, "package.module.name", its module is read and not imported: a Triton kernel can be
-    shown where Triton is not installed.
+    Given as text, "package.module.name", its module is read and not imported: a Triton kernel can
+    be shown where Triton is not installed.
 
     Without line numbers, which an edit above it would change in every notebook's output.
 

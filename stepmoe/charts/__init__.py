@@ -16,6 +16,7 @@ from stepmoe.charts.crossover import CrossoverPlot, crossover
 from stepmoe.charts.dataflow import dataflow
 from stepmoe.charts.depth import error_by_depth, error_growth
 from stepmoe.charts.error import batch_invariance, logit_errors
+from stepmoe.charts.fused_ops import fused_ops
 from stepmoe.charts.latency import latency, speedup, where_the_time_goes
 from stepmoe.charts.layout import layout
 from stepmoe.charts.profiled import profile_timeline
@@ -41,6 +42,7 @@ __all__ = [
     "error_by_depth",
     "error_growth",
     "flips",
+    "fused_ops",
     "guard_matrix",
     "latency",
     "layer_steps",

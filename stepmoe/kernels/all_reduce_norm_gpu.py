@@ -124,8 +124,9 @@ def two_shot_kernel(
     program = tl.program_id(0)
     columns = tl.arange(0, COLUMNS)
     inside = columns < D
-    part = tl.arange(0, PART_COLUMNS)
-    is_own = part < D // WORLD
+    # A part of a row is too short for wide loads by all threads: WORLD rows' parts at a time.
+    rows = program + PROGRAMS * tl.arange(0, WORLD)[:, None]
+    part = tl.arange(0, PART_COLUMNS)[None, :]
     gain = 1.0 + tl.load(weight + columns, mask=inside, other=0.0).to(tl.float32)
     number = tl.load(meetings + program) + 1
     slot = (number & 1) * capacity * D
@@ -139,11 +140,13 @@ def two_shot_kernel(
     meet(flags, number, RANK, WORLD, MAX_LOOKS)
     token = program
     while token < num_tokens:
-        at = token * D + RANK * (D // WORLD) + part
+        at = rows * D + RANK * (D // WORLD) + part
+        is_own = (rows < num_tokens) & (part < D // WORLD)
         total = sum_in_rank_order(windows, slot + at, is_own, WORLD)
         for rank in tl.static_range(WORLD):
             tl.store(windows[rank] + sums + at, total.to(partial.dtype.element_ty), mask=is_own)
-        token += PROGRAMS
+        rows += PROGRAMS * WORLD
+        token += PROGRAMS * WORLD
     meet(flags, number + 1, RANK, WORLD, MAX_LOOKS)
     token = program
     while token < num_tokens:
