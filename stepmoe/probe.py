@@ -21,6 +21,23 @@ class Gpu:
     capability: tuple[int, int]
 
 
+@dataclass(frozen=True)
+class Check:
+    """One thing this machine can or cannot run.
+
+    Attributes:
+        name: what is checked.
+        ok: whether it can be used.
+        detail: what was found, or why it cannot be used.
+        remedy: a command or a sentence that says what to do; empty when `ok`.
+    """
+
+    name: str
+    ok: bool
+    detail: str
+    remedy: str = ""
+
+
 class Probe:
     """Looks at the machine; tests put another one in its place."""
 

@@ -57,7 +57,8 @@ def _label(times: Any, gains: Any, tokens: list[int], recorded: dict[str, Any]) 
     times.set(xscale="log", yscale="log", ylabel="µs a call (p10 to p90)")
     fastest = min(row["median_us"] for row in recorded["rows"] if "median_us" in row)
     times.set_ylim(bottom=fastest / 3)  # the floor of few tokens says nothing
-    times.set_title(f"{made}: {where(recorded['hardware'])}; {shape}", loc="left", fontsize=10.5)
+    title = f"One all-reduce + add + norm, {shape}\n{made}: {where(recorded['hardware'])}"
+    times.set_title(title, loc="left", fontsize=10.5)
     times.legend(frameon=False, fontsize=9.5, ncols=2)
     gains.axhline(1, color=INK, lw=1, ls=":")
     gains.set(xlabel="tokens", ylabel="times faster\nthan unfused", ylim=(0, None))

@@ -5,6 +5,9 @@
 
 from stepmoe.measure.accuracy import compare_accuracy, outcomes_of, paired
 from stepmoe.measure.error import numerical_error
+from stepmoe.measure.fused_ops import time_fused_ops
+from stepmoe.measure.fused_ops_file import load_fused_ops
+from stepmoe.measure.fused_ops_file import table as fused_ops_table
 from stepmoe.measure.invariance import batch_invariance
 from stepmoe.measure.latency import compare_latency
 from stepmoe.measure.report import table
@@ -21,12 +24,15 @@ __all__ = [
     "compare_accuracy",
     "compare_latency",
     "compare_throughput",
+    "fused_ops_table",
     "load",
+    "load_fused_ops",
     "numerical_error",
     "outcomes_of",
     "paired",
     "profile",
     "save",
     "table",
+    "time_fused_ops",
     "word_problems",
 ]

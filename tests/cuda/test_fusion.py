@@ -257,11 +257,11 @@ def test_the_choice_and_its_reason_are_in_the_ledger(ranks):
     if shares:
         assert implementation == "triton one-shot"
         assert "shared GPU" in reason
-        assert "flashinfer ranks take turns" in reason
+        assert "flashinfer: ranks take turns" in reason
     else:
         assert "one GPU a rank" in reason
         assert implementation in ("flashinfer", "triton one-shot")
-        assert ("flashinfer cannot run" in reason) == (implementation != "flashinfer")
+        assert ("flashinfer: cannot run" in reason) == (implementation != "flashinfer")
     for implementation, reason in ranks.run(own_choice, 2049, 64, BF16):
         assert (implementation, "2048" in reason) == ("unfused", True)
 

@@ -120,7 +120,7 @@ def vote(broken_rank, topology):
 def test_one_rank_that_cannot_makes_all_fall_back_with_its_reason(ranks4):
     for (first, second), attempts in ranks4.run(vote, 2, "shared GPU"):
         assert first.implementation == "unfused"
-        assert "triton cannot run: rank 2: MemoryError: no memory here" in first.reason
+        assert "triton: cannot run: rank 2: MemoryError: no memory here" in first.reason
         assert second == first
         assert attempts == 1, "a known answer needs no second vote"
 
@@ -128,7 +128,7 @@ def test_one_rank_that_cannot_makes_all_fall_back_with_its_reason(ranks4):
 def test_without_flashinfer_all_take_triton(ranks4):
     for (first, second), _ in ranks4.run(vote, None, "one GPU a rank"):
         assert first.implementation == "triton one-shot"
-        assert "flashinfer cannot run: rank 0: ModuleNotFoundError" in first.reason
+        assert "flashinfer: cannot run: rank 0: ModuleNotFoundError" in first.reason
         assert second == first
 
 
@@ -148,7 +148,7 @@ def demand(implementation, dtype=torch.float32):
     ("implementation", "dtype", "message"),
     [
         ("flashinfer", torch.bfloat16, "needs one GPU a rank or shared GPU, here: cpu"),
-        ("triton", torch.float64, "triton has no kernel for float64"),
+        ("triton", torch.float64, "has no kernel for float64"),
     ],
 )
 def test_a_demand_that_cannot_be_met_is_an_error(ranks4, implementation, dtype, message):

@@ -25,6 +25,7 @@ LAPTOP = {
     "matplotlib": "3.11.2",
     "pandas": "3.1.1",
 }
+FUSED = "Fused all-reduce + add + norm"
 GPU_BOX = LAPTOP | {"triton": "3.7.1", "flashinfer-python": "0.7.2"}
 
 
@@ -169,7 +170,7 @@ def test_driver_but_hidden_gpu() -> None:
 
 def test_one_gpu() -> None:
     expected = {
-        "CPU ranks", "Notebooks", "One shared GPU", "Symmetric memory", "Triton", "trtllm"
+        "CPU ranks", "Notebooks", "One shared GPU", "Symmetric memory", "Triton", "trtllm", FUSED
     }  # fmt: skip
     machine = gpu_box(H200)
     assert working(machine) == expected
@@ -205,8 +206,24 @@ def test_what_a_missing_part_of_a_gpu_machine_takes_away(
     changes: dict[str, object], failing: set[str], detail: str
 ) -> None:
     found = checks(gpu_box(*[H200] * 8, **changes))
-    assert {name for name, check in found.items() if not check.ok} == failing
+    assert {name for name, check in found.items() if not check.ok} - {FUSED} == failing
     assert all(detail in found[name].detail for name in failing)
+
+
+@pytest.mark.parametrize(
+    ("changes", "detail"),
+    [
+        ({}, "FlashInfer and Triton over symmetric memory; up to 2048 tokens"),
+        ({"has_compiler": False}, "Triton over symmetric memory; up to"),
+        ({"packages": LAPTOP | {"flashinfer-python": "0.7.2"}}, "FlashInfer; up to"),
+        ({"has_peer_access": False}, "neither FlashInfer nor Triton"),
+        ({"packages": LAPTOP}, "neither FlashInfer nor Triton"),
+    ],
+)
+def test_what_carries_out_the_fused_operation(changes: dict[str, object], detail: str) -> None:
+    check = checks(gpu_box(*[H200] * 8, **changes))[FUSED]
+    assert check.detail.startswith(detail)
+    assert check.ok == (not detail.startswith("neither"))
 
 
 def test_prebuilt_kernels_need_no_compiler() -> None:

@@ -36,12 +36,12 @@ def test_the_gates_as_published():
         # Where FlashInfer was not built for, Triton takes over, and the reason says why.
         (32, 4096, BF16, Place("one GPU a rank", 8, (8, 0)), "triton one-shot", "here: 8.0"),
         (64, 4096, BF16, Place("one GPU a rank", 8, (8, 0)), "triton two-shot", "here: 8.0"),
-        (32, 4096, FP32, HOPPER8, "triton two-shot", "flashinfer has no kernel for float32"),
+        (32, 4096, FP32, HOPPER8, "triton two-shot", "flashinfer: has no kernel for float32"),
         (64, 4096, BF16, Place("shared GPU", 4, (9, 0)), "triton one-shot", "take turns"),
         (64, 4096, BF16, Place("shared GPU", 8, (9, 0)), "triton two-shot", "take turns"),
         (2048, 4096, BF16, Place("shared GPU", 2, (9, 0)), "triton one-shot", "2 ranks"),
         # What neither can do.
-        (64, 4096, FP64, HOPPER8, "unfused", "triton has no kernel for float64"),
+        (64, 4096, FP64, HOPPER8, "unfused", "triton: has no kernel for float64"),
         (64, 4096, BF16, Place("one GPU a rank", 3, (9, 0)), "unfused", "2 or 4 or 8 ranks"),
         (64, 4097, BF16, HOPPER8, "unfused", "multiple of 64, here: 4097"),
         (64, 4096, BF16, Place("several hosts", 8, (9, 0)), "unfused", "here: several hosts"),
@@ -60,7 +60,7 @@ def test_what_the_ranks_voted_out_is_passed_over_and_named():
     refused = {"flashinfer": "cannot run: rank 3: no nvcc"}
     choice = choose(8, 4096, BF16, HOPPER8, refused)
     assert choice.implementation == "triton one-shot"
-    assert "flashinfer cannot run: rank 3: no nvcc" in choice.reason
+    assert "flashinfer: cannot run: rank 3: no nvcc" in choice.reason
     refused["triton"] = "cannot run: rank 1: no memory"
     choice = choose(8, 4096, BF16, HOPPER8, refused)
     assert choice.implementation == "unfused"

@@ -129,7 +129,7 @@ class Fusion:
             implementation = with_shots(name, size, group.size)
         problem = problem or self._prepare(group, partial, weight, implementation)
         if problem:
-            raise ConfigError(f"force({forced!r}): {name} {problem}")
+            raise ConfigError(f"force({forced!r}): {problem}")
         return Choice(implementation, "forced")
 
     def _prepare(

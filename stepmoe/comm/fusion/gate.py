@@ -156,9 +156,9 @@ def choose(
             continue
         size = num_tokens * hidden_size * dtype.itemsize
         reason = f"{place.world_size} ranks, {place.topology}, {size // 1024} KiB"
-        others = "".join(f"; {other} {why}" for other, why in problems.items())
+        others = "".join(f"; {other}: {why}" for other, why in problems.items())
         return Choice(with_shots(name, size, place.world_size), reason + others)
-    return Choice("unfused", "; ".join(f"{name} {why}" for name, why in problems.items()))
+    return Choice("unfused", "; ".join(f"{name}: {why}" for name, why in problems.items()))
 
 
 def with_shots(name: str, size: int, world_size: int) -> str:
