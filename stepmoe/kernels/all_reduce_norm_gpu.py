@@ -30,9 +30,8 @@ from torch import Tensor
 
 from stepmoe.kernels.window import PROGRAMS, Window
 
-#: Looks at the flags before a rank gives its peers up; minutes on an H100, a second or so of Python
-#: in Triton's interpreter costs far fewer.
-MAX_LOOKS = 1 << 27
+#: Looks at the flags before a rank gives its peers up: about six minutes on an H100.
+MAX_LOOKS = 1 << 30
 
 
 @triton.jit

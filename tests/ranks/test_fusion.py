@@ -173,3 +173,18 @@ def test_a_rank_that_dies_frees_those_that_wait_for_it(ranks4):
     with pytest.raises(sm.RankError, match="rank 1 ended its process with exit code 3"):
         ranks4.run(die_in_a_meeting, timeout=60)
     assert ranks4.run(demand, "unfused") == ["it ran"] * 4
+
+
+def time_it():
+    from stepmoe.measure import time_fused_ops
+
+    try:
+        time_fused_ops([1])
+    except sm.ConfigError as error:
+        return str(error)
+    return "it ran"
+
+
+def test_ranks_without_a_gpu_of_their_own_are_not_timed(ranks4):
+    for said in ranks4.run(time_it):
+        assert "needs two ranks or more with one GPU a rank; here: cpu" in said
