@@ -7,6 +7,7 @@ from dataclasses import dataclass
 import torch
 
 from stepmoe.comm.fusion import choose
+from stepmoe.comm.fusion.vote import expected_place
 from stepmoe.comm.ledger import Entry, Ledger
 from stepmoe.config import Step3p5Config
 from stepmoe.parallel import ParallelConfig
@@ -60,12 +61,13 @@ def promised(
     if parallel.tp == 1:
         return []
     tokens, hidden = batch * length, config.hidden_size
+    place = expected_place(device, parallel.tp)
     by_rows = parallel.attention == "dp"  # sequences are dealt to the ranks, otherwise tokens
     per_rank = -(-batch // parallel.tp) * length if by_rows else -(-tokens // parallel.tp)
 
     def one(layer: int | None, op: str) -> Promised:
         shape = (per_rank * parallel.tp if op in _HALVES else tokens, hidden)
-        made = choose(*shape, dtype, device) if op == FUSED else None
+        made = choose(*shape, dtype, place) if op == FUSED else None
         how = (made.implementation, made.reason) if made else ("", "")
         return Promised(layer, op, shape, dtype, "tp", parallel.tp, *how)
 

@@ -7,14 +7,13 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 
-import torch
 from torch import Tensor
 
 from stepmoe.capture import Capture
 from stepmoe.causal_lm import Step3p5ForCausalLM
-from stepmoe.comm import communicator
 from stepmoe.comm.communicator import Communicator
 from stepmoe.comm.fusion import Choice, choose
+from stepmoe.comm.fusion.vote import expected_place
 from stepmoe.comm.placement import REPLICATE, Placed
 from stepmoe.config import Step3p5Config
 from stepmoe.faults.patching import Patch
@@ -67,12 +66,11 @@ def gate_wrong_dimension(model: Step3p5ForCausalLM) -> Iterator[Patch]:
     """The limit on tokens is held against the hidden size: the published one, because those of the
     lab's models are below any limit."""
 
-    def wrong(
-        num_tokens: int, hidden_size: int, dtype: torch.dtype, device: torch.device
-    ) -> Choice:
-        return choose(PUBLISHED_HIDDEN_SIZE, num_tokens, dtype, device)
+    def wrong(self: Communicator, partial: Tensor, weight: Tensor) -> Choice:
+        place = expected_place(partial.device, self.group.size)
+        return choose(PUBLISHED_HIDDEN_SIZE, partial.shape[0], partial.dtype, place)
 
-    yield communicator, "choose", wrong
+    yield Communicator, "_choose", wrong
 
 
 def dump_records_partial(model: Step3p5ForCausalLM) -> Iterator[Patch]:

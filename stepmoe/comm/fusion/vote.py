@@ -45,6 +45,15 @@ def find_place(group: RankGroup, device: torch.device) -> Place:
     return Place(topology, group.size, min(capability for *_, capability in every))
 
 
+def expected_place(device: torch.device, world_size: int) -> Place:
+    """What `find_place` will most likely answer, from what one rank of one host sees by itself."""
+    if device.type != "cuda":
+        return Place("cpu", world_size)
+    shared = torch.cuda.device_count() < world_size
+    capability = torch.cuda.get_device_capability(device)
+    return Place("shared GPU" if shared else "one GPU a rank", world_size, capability)
+
+
 def _unreachable(device: torch.device, uuids: list[str]) -> str:
     """The first of these GPUs whose memory this rank cannot read; empty if it can read all."""
     visible = {
