@@ -18,6 +18,7 @@ from stepmoe.charts.depth import error_by_depth, error_growth
 from stepmoe.charts.error import batch_invariance, logit_errors
 from stepmoe.charts.fused_ops import fused_ops
 from stepmoe.charts.latency import latency, speedup, where_the_time_goes
+from stepmoe.charts.layer_floor import layer_floor
 from stepmoe.charts.layout import layout
 from stepmoe.charts.profiled import profile_timeline
 from stepmoe.charts.steps import layer_steps, steps
@@ -45,6 +46,7 @@ __all__ = [
     "fused_ops",
     "guard_matrix",
     "latency",
+    "layer_floor",
     "layer_steps",
     "layout",
     "logit_errors",
