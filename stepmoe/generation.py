@@ -114,9 +114,11 @@ def graph_for(model: Step3p5ForCausalLM, batch: int, capacity: int) -> DecodeGra
 
 def _why_not(model: Step3p5ForCausalLM) -> str:
     """What keeps a decode step of this model from being captured; empty if nothing does."""
-    group = model.comm.group
-    if not takes_kernel(model.lm_head.weight):
+    group, weight = model.comm.group, model.lm_head.weight
+    if not takes_kernel(weight):
         return "it needs kernels that only Triton in float32, bfloat16 or float16 provides"
+    if model.config.moe_layers and weight.dtype is not torch.bfloat16:
+        return f"the experts' grouped products wait for the host in {weight.dtype}, not in bfloat16"
     if group.process_group is not None and dist.get_backend(group.process_group) != "nccl":
         return f"the ranks of {group} communicate over gloo, which copies through the host"
     return ""

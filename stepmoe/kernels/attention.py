@@ -37,7 +37,7 @@ def prefill_attention(
     return _gated(output, gate)
 
 
-@gpu_version("stepmoe.kernels.attention_gpu")
+@gpu_version("stepmoe.kernels.decode_gpu")
 def decode_attention(
     query: Tensor, keys: Tensor, values: Tensor, gate: Tensor, position: Tensor
 ) -> Tensor:

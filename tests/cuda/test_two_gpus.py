@@ -24,7 +24,7 @@ ids = torch.arange(34, device=device).view(2, 17)
 for variant in sm.VARIANTS:
     for attention in ("tp", "dp"):
         parallel = sm.ParallelConfig(2, 2, attention)
-        model = sm.Step3p5ForCausalLM.from_pretrained({path!r}, variant, parallel)
+        model = sm.Step3p5ForCausalLM.from_pretrained({path!r}, variant, parallel, torch.bfloat16)
         replayed = model.generate(ids, 20)
         cache, new, eager = model.new_cache(model.decode_graph.capacity), ids, ids
         for _ in range(20):
