@@ -150,10 +150,10 @@ def call(attempt: Callable[..., Any], *args: Any) -> Any:
         raise ExerciseError(f"It raised {type(error).__name__}: {error}") from error
 
 
-def call_on(ranks: Ranks, job: Callable[..., Any], *args: Any) -> list[Any]:
+def call_on(ranks: Ranks, job: Callable[..., Any], *args: Any, timeout: float = 60) -> list[Any]:
     """Run a job that calls the attempt in every rank; what fails there becomes a hint."""
     try:
-        return ranks.run(job, *args)
+        return ranks.run(job, *args, timeout=timeout)
     except RankTimeout as error:
         places = "; ".join(f"rank {rank}: {place}" for rank, place in error.waiting.items())
         raise ExerciseError(

@@ -24,7 +24,10 @@ class Wire:
 
     def all_reduce(self, partial: Tensor) -> Tensor:
         """The sum over the ranks, on every rank."""
-        return self._comm.all_reduce(self._comm.partial(partial.clone(), "partial"), "").tensor
+        flat = partial.flatten().clone()  # of any shape, a single number's included
+        return self._comm.all_reduce(self._comm.partial(flat, "partial"), "").tensor.view_as(
+            partial
+        )
 
     def reduce_scatter(self, partial: Tensor) -> Tensor:
         """This rank's share of the sum's rows, which must divide by the number of ranks."""
@@ -61,16 +64,18 @@ def run_on_wire(
     ranks: Ranks,
     cases: Sequence[Sequence[tuple[Any, ...]]],
     collectives: Sequence[str],
+    timeout: float = 60,
 ) -> list[Outcome]:
     """Call attempt(*cases[i][rank], *collectives) for every case in every rank.
 
     Args:
         collectives: names of Wire's methods, passed on in this order.
+        timeout: seconds for all cases together.
 
     Raises:
         ExerciseError: the attempt failed in a rank, or the ranks wait for each other.
     """
-    by_rank = call_on(ranks, _run_cases, attempt, cases, collectives)
+    by_rank = call_on(ranks, _run_cases, attempt, cases, collectives, timeout=timeout)
     return [
         Outcome([answer for answer, _ in results], results[0][1])
         for results in zip(*by_rank, strict=True)

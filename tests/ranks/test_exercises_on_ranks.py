@@ -1,11 +1,19 @@
 """The exercises that communicate, on real ranks: solutions pass, usual mistakes get their hint."""
 
 import pytest
+import torch
 import torch.nn.functional as F
 from exercise_cells import all_exercises, defined
 
 import stepmoe as sm
-from stepmoe.exercises import ExerciseError, deferred, reduce_scatter, three_all_reduces
+from stepmoe.exercises import (
+    ExerciseError,
+    bug_lab,
+    deferred,
+    fused,
+    reduce_scatter,
+    three_all_reduces,
+)
 from stepmoe.variants import DecoderLayer, DeferredLayer
 
 EXERCISES = [each for each in all_exercises() if each.ranks]
@@ -140,6 +148,90 @@ def in_bf16(batch, length, hidden_size, n):
     return sent_for(-(-batch // n) * n * length, hidden_size, n) / 2
 
 
+def still_pending(comm, hidden_states, residual):
+    sent = comm.replicated(hidden_states.tensor, "sent")  # not true: it is a partial sum
+    return sent if residual is None else sent + residual
+
+
+def residual_behind(comm, hidden_states, residual):
+    return comm.all_reduce(hidden_states, "cut") if hidden_states.is_partial else hidden_states
+
+
+def residual_in_the_sum(comm, hidden_states, residual):
+    if residual is None:
+        return hidden_states
+    return comm.all_reduce(comm.partial(hidden_states.tensor + residual.tensor, "sum"), "cut")
+
+
+def hidden_states_behind(comm, hidden_states, residual):
+    return hidden_states if residual is None else residual
+
+
+def added_while_pending(comm, hidden_states, residual):
+    return hidden_states if residual is None else hidden_states + residual
+
+
+def always_reduced(comm, hidden_states, residual):
+    done = comm.all_reduce(hidden_states, "cut")
+    return done if residual is None else done + residual
+
+
+def embedding_doubled(comm, hidden_states, residual):
+    if hidden_states.is_partial:
+        hidden_states = comm.all_reduce(hidden_states, "cut")
+    return hidden_states + (residual or hidden_states)
+
+
+def two_tensors(comm, hidden_states, residual):
+    return hidden_states, residual
+
+
+def stays_away(can_fuse, all_reduce):
+    if not can_fuse:
+        return False
+    return all_reduce(torch.ones(1)).item() > 0
+
+
+def alone(can_fuse, all_reduce):
+    all_reduce(torch.zeros(1))
+    return can_fuse
+
+
+def told(can_fuse, all_reduce):
+    return True
+
+
+def any_can(can_fuse, all_reduce):
+    return all_reduce(torch.tensor([float(can_fuse)])).item() > 0
+
+
+def asks_twice(can_fuse, all_reduce):
+    cannot = torch.tensor(float(not can_fuse))
+    return (all_reduce(cannot) + all_reduce(cannot)).item() == 0
+
+
+def cries_wolf(ledger, config, tokens):
+    return False
+
+
+def lets_pass(ledger, config, tokens):
+    return True
+
+
+def counts(ledger, config, tokens):
+    return ledger.counts() == {"all_reduce": 2 * config.num_hidden_layers}
+
+
+def counts_and_groups(ledger, config, tokens):
+    whole = all(entry.group_size == 4 for entry in ledger.entries)
+    return counts(ledger, config, tokens) and whole
+
+
+def totals(ledger, config, tokens):
+    dtypes = {entry.dtype for entry in ledger.entries}
+    return counts_and_groups(ledger, config, tokens) and dtypes == {torch.float32}
+
+
 class Borrowed(DeferredLayer):
     def forward(self, hidden_states, residual, step):
         return super().forward(hidden_states, residual, step)
@@ -215,6 +307,24 @@ WRONG = [
     (reduce_scatter.bytes_under_dp, padded_tokens, "whole sequences"),
     (reduce_scatter.bytes_under_dp, two_whole_sums, "each half an all-reduce"),
     (reduce_scatter.bytes_under_dp, in_bf16, "for a MoE layer, you predict"),
+    (fused.hand_over, two_tensors, "Return one Placed, not tuple"),
+    (fused.hand_over, still_pending, "every rank sends something else"),
+    (fused.hand_over, added_while_pending, "PlacementError: .*their sum has no meaning"),
+    (fused.hand_over, always_reduced, "PlacementError: .*its sum is complete"),
+    (fused.hand_over, residual_behind, "the residual stream stayed behind"),
+    (fused.hand_over, residual_in_the_sum, "the residual is in it four times"),
+    (fused.hand_over, hidden_states_behind, r"not residual \+ hidden_states"),
+    (fused.hand_over, embedding_doubled, "Cut before layer 0: the logits"),
+    (fused.agree, stays_away, "The ranks wait for each other"),
+    (fused.agree, told, "Right by chance"),
+    (fused.agree, alone, "ranks that disagree"),
+    (fused.agree, any_can, "a rank that cannot would have to"),
+    (fused.agree, asks_twice, "Right, with 2 messages"),
+    (bug_lab.ledger_guard, cries_wolf, "It objects to a right pass"),
+    (bug_lab.ledger_guard, lets_pass, "It lets dense_reduced_twice pass"),
+    (bug_lab.ledger_guard, counts, "It lets wrong_group pass"),
+    (bug_lab.ledger_guard, counts_and_groups, "It lets bf16_accumulation pass"),
+    (bug_lab.ledger_guard, totals, "made twice in layer 0 and never in layer 1"),
     (reduce_scatter.FifthVariant, NoLayer, "a subclass of stepmoe.variants.DecoderLayer"),
     (reduce_scatter.FifthVariant, Borrowed, "It borrows from DeferredLayer"),
     (reduce_scatter.FifthVariant, DeferredAgain, "That is deferred"),

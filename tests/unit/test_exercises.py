@@ -5,11 +5,21 @@ import re
 
 import pytest
 import torch
-from exercise_cells import all_exercises, cells, defined
+from exercise_cells import NOTEBOOKS, all_exercises, cells, defined
 
 from stepmoe.config import Step3p5Config
 from stepmoe.errors import ConfigError, RankError, RankTimeout
-from stepmoe.exercises import ExerciseError, Score, Traffic, deferred, latency, one_layer
+from stepmoe.exercises import (
+    ExerciseError,
+    Score,
+    Traffic,
+    accuracy,
+    bug_lab,
+    deferred,
+    fused,
+    latency,
+    one_layer,
+)
 from stepmoe.exercises.exercise import call_on
 from stepmoe.exercises.source import code_lines, is_stub
 from stepmoe.parallel import ParallelConfig
@@ -17,6 +27,8 @@ from stepmoe.roofline import Chip, layer_roofline
 
 EXERCISES = all_exercises()
 LESSONS = sorted({each.notebook for each in EXERCISES})
+WITHOUT_CELLS = {"04_fused", "07_accuracy", "08_bug_lab"}  # being written; solutions are there
+SHOWN = [each for each in EXERCISES if each.notebook not in WITHOUT_CELLS]
 
 
 def named(each):
@@ -28,7 +40,14 @@ def test_a_lesson_has_two_or_three(lesson):
     assert 2 <= sum(each.notebook == lesson for each in EXERCISES) <= 3
 
 
-@pytest.mark.parametrize("each", EXERCISES, ids=named)
+@pytest.mark.parametrize("lesson", LESSONS)
+def test_a_lesson_ends_with_its_exercises(lesson):
+    path = NOTEBOOKS / f"{lesson}.ipynb"
+    has_cells = path.exists() and any("## Exercises" in cell.source for cell in cells(lesson))
+    assert has_cells == (lesson not in WITHOUT_CELLS)
+
+
+@pytest.mark.parametrize("each", SHOWN, ids=named)
 def test_the_stub_is_refused_with_its_hint_and_the_text_states_the_budget(each):
     with pytest.raises(ExerciseError) as refused:
         each.check(defined(each.notebook, each.name))
@@ -205,6 +224,95 @@ def never(hidden, ranks, link, memory, launch, start, gate):
     return None
 
 
+def weight_as_it_is(kernel, x, residual, weight, eps):
+    return kernel(x, residual, weight.float(), eps)
+
+
+def added_in_bf16(kernel, x, residual, weight, eps):
+    return kernel(x, residual, 1 + weight, eps)
+
+
+def no_residual(kernel, x, residual, weight, eps):
+    return kernel(x, torch.zeros_like(x), 1 + weight.float(), eps)
+
+
+def only_the_norm(kernel, x, residual, weight, eps):
+    return kernel(x, residual, 1 + weight.float(), eps)[0]
+
+
+def twice_as_large(kernel, x, residual, weight, eps):
+    return kernel(x, residual, 2 + 2 * weight.float(), eps)
+
+
+def questions(accuracy, difference, errors=1.96 + 0.84, runs=2):
+    return runs * errors**2 * accuracy * (1 - accuracy) / difference**2
+
+
+def one_run(accuracy, difference):
+    return questions(accuracy, difference, runs=1)
+
+
+def no_power(accuracy, difference):
+    return questions(accuracy, difference, errors=1.96)
+
+
+def neither(accuracy, difference):
+    return questions(accuracy, difference, errors=1.96, runs=1)
+
+
+def one_sided(accuracy, difference):
+    return questions(accuracy, difference, errors=1.645 + 0.84)
+
+
+def one_error(accuracy, difference):
+    return questions(accuracy, difference, errors=1)
+
+
+def a_word(*_):
+    return "many"
+
+
+def flips_of(first, second):
+    pairs = list(zip(first, second, strict=True))
+    only_first, only_second = (pairs.count(flip) for flip in ((True, False), (False, True)))
+    tail = math.fsum(
+        math.comb(only_first + only_second, k) for k in range(min(only_first, only_second) + 1)
+    )
+    return tail / 2 ** (only_first + only_second), only_first, only_second
+
+
+def one_tail(first, second):
+    return flips_of(first, second)[0]
+
+
+def twice_the_tail(first, second):
+    return 2 * flips_of(first, second)[0]
+
+
+def unpaired(first, second):
+    return 0.2
+
+
+def one_direction(alpha):
+    return math.floor(math.log2(1 / alpha)) + 1
+
+
+def a_hundred(alpha):
+    return 100
+
+
+def always_right(exact, found):
+    return "right"
+
+
+def to_the_bit(exact, found):
+    return "right" if torch.equal(found[0].double(), exact) else "reduced twice"
+
+
+def a_number_of_faults(exact, found):
+    return 3
+
+
 def fails(*_):
     raise ZeroDivisionError("division by zero")
 
@@ -244,6 +352,26 @@ WRONG = [
     (latency.first_that_pays, no_gate, "the gate ends at 2048: None"),
     (latency.first_that_pays, at_once, "has to begin, too"),
     (latency.first_that_pays, never, "you say never"),
+    (fused.gemma_from_plain, only_the_norm, "Return what the kernel returns"),
+    (fused.gemma_from_plain, no_residual, r"The new residual is x \+ residual"),
+    (fused.gemma_from_plain, weight_as_it_is, r"That is x / rms\(x\) \* weight"),
+    (fused.gemma_from_plain, added_in_bf16, "rounded to bfloat16"),
+    (fused.gemma_from_plain, twice_as_large, r"not x / rms\(x\) \* \(1 \+ weight\)"),
+    (accuracy.questions_needed, a_word, "Return a number"),
+    (accuracy.questions_needed, one_run, "About half"),
+    (accuracy.questions_needed, no_power, "About half"),
+    (accuracy.questions_needed, neither, "About a quarter"),
+    (accuracy.questions_needed, one_sided, "one-sided"),
+    (accuracy.questions_needed, one_error, "It takes"),
+    (accuracy.mcnemar, a_word, "return a number"),
+    (accuracy.mcnemar, one_tail, "the chance in one direction"),
+    (accuracy.mcnemar, twice_the_tail, r"a probability of 1\."),
+    (accuracy.mcnemar, unpaired, "Only the flips count: of 11 tosses"),
+    (accuracy.fewest_flips, one_direction, "all heads"),
+    (accuracy.fewest_flips, a_hundred, "you say 100, it is 6"),
+    (bug_lab.name_the_fault, a_number_of_faults, "Return one of 'right'"),
+    (bug_lab.name_the_fault, always_right, "you say 'right'"),
+    (bug_lab.name_the_fault, to_the_bit, "[48] ranks, of which"),
 ]
 
 
@@ -342,7 +470,7 @@ class Failing:
     def __init__(self, error):
         self.error = error
 
-    def run(self, *_):
+    def run(self, *_, **__):
         raise self.error
 
 
