@@ -91,7 +91,7 @@ def _accuracy(axes: Axes, log: Mapping[str, Any]) -> None:
     axes.xaxis.set_major_locator(MaxNLocator(4))
     axes.set_xlabel("step")
     axes.set_ylabel("right answers ± 1 standard error")
-    axes.legend(frameon=False, loc="lower right")
+    axes.legend(frameon=False, loc="upper left")
     axes.set_title("Held-out accuracy", loc="left")
 
 

@@ -94,7 +94,8 @@ def test_the_experts_share_the_load(model, log):
     found = load_of(model, ids)
     assert [str(layer) for layer in found] == list(recorded["max_over_mean"])
     for layer, counts in found.items():
-        # An even load is 1, all tokens on the same 4 experts 4; LIMIT: see the recorded values.
+        # An even load is 1, all tokens on the same 4 experts 4. Recorded on all prompts: at most
+        # 1.21; 24 prompts share their examples' words and spread a little more.
         assert imbalance(counts) < 1.5
         assert imbalance(counts) == pytest.approx(recorded["max_over_mean"][str(layer)], abs=0.25)
 
