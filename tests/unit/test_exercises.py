@@ -27,7 +27,7 @@ from stepmoe.roofline import Chip, layer_roofline
 
 EXERCISES = all_exercises()
 LESSONS = sorted({each.notebook for each in EXERCISES})
-WITHOUT_CELLS = {"04_fused", "07_accuracy"}  # being written; solutions are there
+WITHOUT_CELLS = {"07_accuracy"}  # being written; solutions are there
 SHOWN = [each for each in EXERCISES if each.notebook not in WITHOUT_CELLS]
 
 
