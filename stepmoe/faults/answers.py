@@ -29,7 +29,7 @@ def accuracy_under(
     batch_size: int = BATCH_SIZE,
     timeout: float | None = 600,
 ) -> pd.DataFrame:
-    """Ask a model with each of the faults in it; the placement check is off.
+    """Ask a model in float32 with each of the faults in it; the placement check is off.
 
     One row a fault, in the setting its signature is plainest in; None stands for no fault.
     Columns: fault, variant, tp, ep, attention, dtype, questions, right, invalid; accuracy, low,
@@ -47,7 +47,7 @@ def accuracy_under(
     rows, places = [], []
     for fault in faults:
         variant, parallel = FAULTS[fault].shown_in if fault else FAULTS["wrong_group"].shown_in
-        setting = Setting(source, variant, parallel)
+        setting = Setting(source, variant, parallel, torch.float32)
         asked = (task.prompts, task.max_new_tokens, batch_size)
         given = ranks.run(answers_here, setting, fault, *asked, timeout=timeout)
         outcomes = task.score(given[0][0])
