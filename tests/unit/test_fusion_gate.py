@@ -1,5 +1,7 @@
 """Which implementation of the fused operation is chosen, and the reason given: plain data."""
 
+from pathlib import Path
+
 import pytest
 import torch
 
@@ -9,12 +11,15 @@ from stepmoe.comm.fusion import (
     IMPLEMENTATIONS,
     ONE_SHOT_MAX_BYTES,
     REQUIREMENTS,
+    TRITON_FASTER_FROM_BYTES,
     Place,
     choose,
     force,
 )
+from stepmoe.measure import load_fused_ops
 
 BF16, FP16, FP32, FP64 = torch.bfloat16, torch.float16, torch.float32, torch.float64
+RESULTS = Path(__file__).parents[2] / "notebooks" / "results"
 HOPPER8 = Place("one GPU a rank", 8, (9, 0))
 
 
@@ -40,6 +45,9 @@ def test_the_gates_as_published():
         (64, 4096, BF16, Place("shared GPU", 4, (9, 0)), "triton one-shot", "take turns"),
         (64, 4096, BF16, Place("shared GPU", 8, (9, 0)), "triton two-shot", "take turns"),
         (2048, 4096, BF16, Place("shared GPU", 2, (9, 0)), "triton one-shot", "2 ranks"),
+        # Where both would run, what was measured decides.
+        (1023, 4096, BF16, Place("one GPU a rank", 2, (9, 0)), "flashinfer", "2 ranks"),
+        (1024, 4096, BF16, Place("one GPU a rank", 2, (9, 0)), "triton one-shot", "slower than"),
         # What neither can do.
         (64, 4096, FP64, HOPPER8, "unfused", "triton: has no kernel for float64"),
         (64, 4096, BF16, Place("one GPU a rank", 3, (9, 0)), "unfused", "2 or 4 or 8 ranks"),
@@ -66,6 +74,29 @@ def test_what_the_ranks_voted_out_is_passed_over_and_named():
     assert choice.implementation == "unfused"
     assert "rank 3: no nvcc" in choice.reason
     assert "rank 1: no memory" in choice.reason
+
+
+def test_without_triton_flashinfer_runs_also_where_it_is_slower():
+    two = Place("one GPU a rank", 2, (9, 0))
+    choice = choose(2048, 4096, BF16, two, {"triton": "cannot run: rank 0: no memory"})
+    assert choice.implementation == "flashinfer"
+    assert "triton: cannot run: rank 0: no memory" in choice.reason
+    shared = Place("shared GPU", 2, (9, 0))
+    assert choose(8, 4096, BF16, shared, {"triton": "cannot run"}).implementation == "unfused"
+
+
+def test_the_measured_limit_is_what_the_recorded_file_says():
+    """From the limit on Triton is faster at every recorded size, below it at none."""
+    recorded = load_fused_ops(RESULTS / "h100x2_fusion.json")
+    times = {
+        (row["tokens"], row["implementation"]): row["median_us"]
+        for row in recorded["rows"]
+        if "median_us" in row
+    }
+    limit = TRITON_FASTER_FROM_BYTES[recorded["hardware"]["ranks"]]
+    for tokens in {tokens for tokens, _ in times}:
+        is_faster = times[tokens, "triton one-shot"] < times[tokens, "flashinfer one-shot"]
+        assert is_faster == (tokens * recorded["hidden_size"] * BF16.itemsize >= limit), tokens
 
 
 def test_one_shot_wins_where_its_extra_bytes_take_less_than_a_meeting():

@@ -49,6 +49,11 @@ GATES = {
 # 450 GB/s. With 2 ranks both carry the same.
 ONE_SHOT_MAX_BYTES = {2: None, 4: 1024 * 1024, 8: 256 * 1024}
 
+# Bytes from which Triton's kernel is faster than FlashInfer's, by number of ranks: measured on two
+# H100s (notebooks/results/h100x2_fusion.json: 44 against 52 us at 1024 tokens, 74 against 99 at
+# 2048). Other numbers of ranks were not measured.
+TRITON_FASTER_FROM_BYTES = {2: 8 * 1024 * 1024}
+
 
 @dataclass(frozen=True)
 class Place:
@@ -145,20 +150,31 @@ def choose(
         return Choice("unfused", f"{num_tokens} tokens are more than the gate's {gate.max_tokens}")
     if place.topology == "cpu":
         return Choice("unfused", "CPU tensors: a fused kernel needs an NVIDIA GPU")
-    problems = {}
-    for name, requirement in REQUIREMENTS.items():
-        problem = (refused or {}).get(name) or requirement.unmet(place, hidden_size, dtype)
-        if name == "flashinfer" and not problem and place.topology == "shared GPU":
-            # It would run, but its module takes minutes to compile and nothing is won by it.
-            problem = "ranks take turns on a shared GPU, so its speed gains nothing"
+    size = num_tokens * hidden_size * dtype.itemsize
+    problems = {
+        name: (refused or {}).get(name) or requirement.unmet(place, hidden_size, dtype)
+        for name, requirement in REQUIREMENTS.items()
+    }
+    if not problems["flashinfer"]:
+        problems["flashinfer"] = _why_not_flashinfer(size, place, not problems["triton"])
+    for name, problem in problems.items():
         if problem:
-            problems[name] = problem
             continue
-        size = num_tokens * hidden_size * dtype.itemsize
         reason = f"{place.world_size} ranks, {place.topology}, {size // 1024} KiB"
-        others = "".join(f"; {other}: {why}" for other, why in problems.items())
+        others = "".join(f"; {other}: {why}" for other, why in problems.items() if why)
         return Choice(with_shots(name, size, place.world_size), reason + others)
     return Choice("unfused", "; ".join(f"{name}: {why}" for name, why in problems.items()))
+
+
+def _why_not_flashinfer(size: int, place: Place, triton_runs: bool) -> str:
+    """Why FlashInfer is passed over where it would run; empty where it is taken."""
+    if place.topology == "shared GPU":
+        # Its module takes minutes to compile.
+        return "ranks take turns on a shared GPU, so its speed gains nothing"
+    limit = TRITON_FASTER_FROM_BYTES.get(place.world_size)
+    if triton_runs and limit is not None and size >= limit:
+        return f"slower than triton from {limit >> 20} MiB on with {place.world_size} ranks"
+    return ""
 
 
 def with_shots(name: str, size: int, world_size: int) -> str:
