@@ -15,6 +15,7 @@ from stepmoe.charts.cost import cost_fit, roofline
 from stepmoe.charts.crossover import CrossoverPlot, crossover
 from stepmoe.charts.dataflow import dataflow
 from stepmoe.charts.depth import error_by_depth, error_growth
+from stepmoe.charts.eight import assumptions_matter, gain_waterfall, predicted_steps
 from stepmoe.charts.error import batch_invariance, logit_errors
 from stepmoe.charts.fused_ops import fused_ops
 from stepmoe.charts.latency import latency, speedup, where_the_time_goes
@@ -35,6 +36,7 @@ __all__ = [
     "Signature",
     "accuracy",
     "accuracy_under_faults",
+    "assumptions_matter",
     "batch_invariance",
     "collectives",
     "cost_fit",
@@ -44,12 +46,14 @@ __all__ = [
     "error_growth",
     "flips",
     "fused_ops",
+    "gain_waterfall",
     "guard_matrix",
     "latency",
     "layer_floor",
     "layer_steps",
     "layout",
     "logit_errors",
+    "predicted_steps",
     "profile_timeline",
     "questions_needed",
     "roofline",
