@@ -221,25 +221,6 @@ def explaining_bandwidth(
     return 2 * (RANKS - 1) / RANKS * a_token / saved
 
 
-def compute_of_layers(
-    record: Mapping[str, Any], config: Step3p5Config, phase: str = "prefill"
-) -> Compute:
-    """One rank's compute of a step, out of `python -m stepmoe layer-floor --json`.
-
-    Each layer counts as the MoE layer of its attention type: a dense one has less to do.
-    """
-    seconds = {
-        layer["attention"]: layer["seconds"]
-        for layer in record["layers"]
-        if layer["phase"] == phase
-    }
-    total = sum(
-        seconds["full" if layer.sliding_window is None else "sliding"] for layer in config.layers
-    )
-    gpu = ", ".join(record["hardware"]["gpus"])
-    return Compute(total, total, total, f"{gpu}, {record['date'][:10]}, two layers, each times")
-
-
 def compute_of_run(rows: Iterable[Mapping[str, Any]], gpu: str) -> dict[str, Compute]:
     """Each variant's compute out of the prefill rows of `compare_throughput` of a simulated rank:
     its steps without the time of what stood in for the collectives."""
@@ -248,7 +229,7 @@ def compute_of_run(rows: Iterable[Mapping[str, Any]], gpu: str) -> dict[str, Com
             row["median"] - row["stand_in"],
             row["p10"] - row["stand_in"],
             row["p90"] - row["stand_in"],
-            f"{gpu}, whole model, {row['steps']} steps",
+            f"{gpu}, bf16, one rank of 8, {row['steps']} steps",
         )
         for row in rows
         if row["phase"] == "prefill"

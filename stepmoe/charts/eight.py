@@ -25,7 +25,7 @@ def predicted_steps(predictions: Sequence[Prediction], source: str) -> Figure:
     with style():
         figure = new_figure(10.4, 4.2)
         figure.suptitle("Predicted: one prefill step on 8 GPUs", weight="bold", size=13.5, y=0.97)
-        figure.text(0.5, 0.87, f"compute measured: {source}", size=10, ha="center")
+        figure.text(0.29, 0.85, f"compute measured: {source}", size=9.5, ha="center")
         steps = figure.add_axes((0.16, 0.24, 0.34, 0.56))
         start = [0.0] * len(names)
         looks = {
@@ -125,6 +125,7 @@ def assumptions_matter(speeds: Mapping[str, tuple[float, float]]) -> Figure:
             axes.barh(
                 row, (high - low) / 1e3, left=low / 1e3, color=COLOURS["attention"], height=0.5
             )
+        axes.set_xlim(0)
         axes.axvline(BEST / 1e3, color=INK, ls="--", lw=1)
         axes.annotate(
             "best launch (published)", (BEST / 1e3, 1.02), xycoords=("data", "axes fraction")

@@ -13,7 +13,6 @@ from stepmoe.predict import (
     Compute,
     attribute,
     collectives,
-    compute_of_layers,
     compute_of_run,
     explaining_bandwidth,
     predict,
@@ -81,16 +80,6 @@ def test_the_bandwidth_that_would_explain_it_does():
 
 
 def test_compute_is_taken_from_what_was_measured():
-    layers = [
-        {"attention": "full", "phase": "prefill", "seconds": 4e-3},
-        {"attention": "sliding", "phase": "prefill", "seconds": 3e-3},
-        {"attention": "full", "phase": "decode", "seconds": 1.0},
-    ]
-    record = {"layers": layers, "hardware": {"gpus": ["X"]}, "date": "2026-11-25T00:00"}
-    full = FLASH.layer_types.count("full_attention")
-    assert compute_of_layers(record, FLASH).seconds == pytest.approx(
-        full * 4e-3 + (45 - full) * 3e-3
-    )
     row = {"variant": "deferred", "phase": "prefill", "median": 5.0, "p10": 4.0, "p90": 7.0}
     row |= {"stand_in": 1.0, "steps": 3}
     found = compute_of_run([row, row | {"phase": "decode", "median": 99.0}], "X")["deferred"]
