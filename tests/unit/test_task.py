@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import random
+from pathlib import Path
 
 import pandas as pd
 import pytest
@@ -179,3 +180,23 @@ def test_the_command_names_a_bad_argument_and_starts_nothing(
     monkeypatch.setattr(command, "Ranks", None)  # starting them would fail
     assert main(["accuracy", "--device", "cpu", "--model", checkpoint, *arguments]) == 2
     assert named in capsys.readouterr().err
+
+
+RECORDED = sorted((Path(__file__).parents[2] / "notebooks" / "results").glob("accuracy_*.json"))
+
+
+@pytest.mark.parametrize("file", RECORDED, ids=lambda file: file.stem)
+def test_recorded_runs_were_asked_today_s_questions(file):
+    """What is recorded is scored again from its answers: a change of the task makes it stale."""
+    task = sm.measure.word_problems()
+    for _, row in sm.measure.load(file).iterrows():
+        assert row["asked"] == task.digest
+        outcomes = sm.measure.outcomes_of(row)
+        right = [a == b for a, b in zip(outcomes.answers, task.expected, strict=True)]
+        assert outcomes.right == right
+        assert row["right"] == sum(right)
+        assert row["ranks_agree"]
+
+
+def test_there_are_recorded_runs():
+    assert len(RECORDED) >= 7
