@@ -5,11 +5,11 @@ import pytest
 import torch
 
 import stepmoe as sm
-from stepmoe.checkpoint import random_tensor
 from stepmoe.comm.summation import ORDERS
 from stepmoe.measure.error import exact_pass, numerical_error
 from stepmoe.measure.invariance import batch_invariance
 from stepmoe.parallel import tensor_layouts
+from stepmoe.random_weights import random_tensor
 from stepmoe.variants import DeferredLayer
 
 CONFIG = sm.Step3p5Config.tiny()
