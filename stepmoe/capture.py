@@ -10,6 +10,7 @@ from stepmoe.comm.communicator import Communicator
 from stepmoe.comm.placement import Placed
 from stepmoe.errors import ConfigError
 
+# In the order in which a layer computes them; layer_output is post_attn_residual + mlp_output.
 NAMES = (
     "attn_input",
     "attn_output",

@@ -105,8 +105,7 @@ class Communicator:
         done = partial.with_(tensor, REPLICATE)
         partial.spent = True
         choice = self._simulated or self._choose(tensor, weight)
-        entry = self._entry("all_reduce_add_rms_norm", done, tensor, site)
-        entry.implementation, entry.reason = choice.implementation, choice.reason
+        entry = self._entry("all_reduce_add_rms_norm", done, tensor, site, choice)
         with record(entry, tensor.device, self.group):
             if choice.implementation in ("unfused", "simulated"):
                 if self.group.size > 1:
@@ -147,9 +146,11 @@ class Communicator:
             )
         self._expect_own_group(placed, op)
 
-    def _entry(self, op: str, done: Placed, wire: Tensor, site: str) -> Entry:
+    def _entry(
+        self, op: str, done: Placed, wire: Tensor, site: str, choice: Choice | None = None
+    ) -> Entry:
         """Ledger entry: `wire` is the whole tensor that crosses the group."""
-        choice = self._simulated or Choice("", "")
+        choice = choice or self._simulated or Choice("", "")
         return Entry(
             op=op,
             kind="collective" if self.group.size > 1 else "local",

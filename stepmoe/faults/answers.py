@@ -13,8 +13,9 @@ from stepmoe.faults.catalogue import FAULTS
 from stepmoe.faults.guards import unchecked
 from stepmoe.faults.lab import Setting
 from stepmoe.launch import Ranks, rank_device
-from stepmoe.measure.answering import BATCH_SIZE, answer
-from stepmoe.measure.environment import Place, attributes, look_around
+from stepmoe.measure.accuracy import score_row
+from stepmoe.measure.answering import BATCH_SIZE, Answers, answer
+from stepmoe.measure.environment import attributes, look_around
 from stepmoe.measure.task import Task
 
 if TYPE_CHECKING:
@@ -34,7 +35,8 @@ def accuracy_under(
     One row a fault, in the setting its signature is plainest in; None stands for no fault.
     Columns: fault, variant, tp, ep, attention, dtype, questions, right, invalid; accuracy, low,
     high (Wilson's 95 % interval); seconds; ranks_agree; marks and answers of rank 0, as
-    `measure.task.Outcomes`. `attrs` holds hardware, versions, date and what was asked.
+    `measure.task.Outcomes`; asked, the digest of the questions. `attrs` holds hardware, versions,
+    date and what was asked.
 
     Args:
         ranks: four of them.
@@ -50,28 +52,9 @@ def accuracy_under(
         setting = Setting(source, variant, parallel, torch.float32)
         asked = (task.prompts, task.max_new_tokens, batch_size)
         given = ranks.run(answers_here, setting, fault, *asked, timeout=timeout)
-        outcomes = task.score(given[0][0])
-        accuracy = outcomes.accuracy
-        places = [place for _, _, _, place in given]
-        rows.append(
-            {
-                "fault": fault or "none",
-                "variant": variant,
-                "tp": parallel.tp,
-                "ep": parallel.ep,
-                "attention": parallel.attention,
-                "dtype": given[0][1],
-                "questions": len(task),
-                "right": outcomes.num_right,
-                "invalid": outcomes.num_invalid,
-                "accuracy": accuracy.value,
-                "low": accuracy.low,
-                "high": accuracy.high,
-                "seconds": max(seconds for _, _, seconds, _ in given),
-                "ranks_agree": all(torch.equal(own, given[0][0]) for own, *_ in given),
-                **outcomes.to_row(),
-            }
-        )
+        places = [rank.place for rank in given]
+        row = score_row(variant, parallel, torch.float32, task, given)
+        rows.append({"fault": fault or "none", **row})
     frame = pd.DataFrame(rows)
     frame.attrs = {
         **attributes(places, frame["dtype"][0], FAULTS["wrong_group"].shown_in[1]),
@@ -88,8 +71,8 @@ def answers_here(
     prompts: Tensor,
     max_new_tokens: int,
     batch_size: int,
-) -> tuple[Tensor, str, float, Place]:
-    """In a rank: the new tokens (questions, max_new_tokens), dtype, seconds, and where it ran.
+) -> Answers:
+    """In a rank: the new tokens (questions, max_new_tokens), seconds, and where it ran.
 
     No sequence ends early: ranks that disagree would end at different steps, and then hang. Each
     rank goes on with its own tokens.
@@ -99,5 +82,4 @@ def answers_here(
     start = time.perf_counter()
     with unchecked(), FAULTS[fault].inject(model) if fault else nullcontext():
         given = answer(model, prompts, max_new_tokens, batch_size, fault or "no fault")
-    dtype = str(model.lm_head.weight.dtype).removeprefix("torch.")
-    return given, dtype, time.perf_counter() - start, look_around(rank_device())
+    return Answers(given, time.perf_counter() - start, look_around(rank_device()))

@@ -7,20 +7,11 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from stepmoe.capture import NAMES
 from stepmoe.faults.catalogue import LEDGER, TIMEOUT
 from stepmoe.faults.guards import TOLERANCE
 from stepmoe.faults.lab import Findings, Observation
 from stepmoe.measure.distance import relative_error
-
-# In the order in which a layer computes them; layer_output is post_attn_residual + mlp_output.
-ORDER = (
-    "attn_input",
-    "attn_output",
-    "post_attn_residual",
-    "mlp_input",
-    "mlp_output",
-    "layer_output",
-)
 
 
 @dataclass(frozen=True)
@@ -104,7 +95,7 @@ def traits_of(findings: Findings, exact: Observation) -> Traits:
 
 def first_wrong(seen: Observation, exact: Observation) -> Place | None:
     """The first value of a rank that is further from float64 than rounding goes."""
-    places = [Place(layer, name) for layer in sorted(exact.states) for name in ORDER]
+    places = [Place(layer, name) for layer in sorted(exact.states) for name in NAMES]
     return next((p for p in [*places, LOGITS] if _is_wrong(p, seen, exact)), None)
 
 

@@ -75,7 +75,7 @@ def compare_accuracy(
         setting = (source, layer, parallel, kind)
         asked = (task.prompts, task.max_new_tokens, batch_size, name)
         answers = run_everywhere(ranks, timeout, answer_here, setting, asked)
-        rows.append(_row(name, parallel, kind, task, answers))
+        rows.append(score_row(name, parallel, kind, task, answers))
     frame = pd.DataFrame(rows)
     frame.attrs = {
         **attributes([rank.place for rank in answers], kind, parallel),
@@ -130,9 +130,10 @@ def paired(first: Any, second: Any) -> Paired:
     return compare_paired(outcomes_of(first).right, outcomes_of(second).right)
 
 
-def _row(
+def score_row(
     name: str, parallel: ParallelConfig, dtype: torch.dtype, task: Task, answers: list[Answers]
 ) -> dict[str, object]:
+    """A row of the frame: what the ranks of one setting answered, scored by rank 0's answers."""
     completions = answers[0].completions
     outcomes = task.score(completions)
     accuracy = outcomes.accuracy

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import inspect
 import sys
 from typing import Any
@@ -79,8 +80,7 @@ class FlashInferPath:
         """
         from flashinfer.comm import AllReduceFusionPattern, allreduce_fusion
 
-        # Gemma's norm multiplies by 1 + weight; releases before 0.6.13 do not know that.
-        adds_one = "weight_bias" in inspect.signature(allreduce_fusion).parameters
+        adds_one = _adds_one()
         normed, new_residual = torch.empty_like(residual), torch.empty_like(residual)
         allreduce_fusion(
             input=partial,
@@ -107,6 +107,14 @@ class FlashInferPath:
             if trtllm_ar is not None:
                 trtllm_ar.trtllm_destroy_ipc_workspace_for_all_reduce_fusion(workspace.ipc_handles)
             workspace.destroy()
+
+
+@functools.cache
+def _adds_one() -> bool:
+    """Whether the kernel can do Gemma's 1 + weight itself; releases before 0.6.13 cannot."""
+    from flashinfer.comm import allreduce_fusion
+
+    return "weight_bias" in inspect.signature(allreduce_fusion).parameters
 
 
 def _problem(group: RankGroup, capacity: int, partial: Tensor) -> str:
