@@ -16,6 +16,7 @@ from stepmoe.exercises import (
     accuracy,
     bug_lab,
     deferred,
+    eight_gpus,
     fused,
     latency,
     one_layer,
@@ -59,7 +60,7 @@ def test_the_stub_is_refused_with_its_hint_and_the_text_states_the_budget(each):
 def test_the_solution_passes(each):
     score = each.check(defined(f"solutions/{each.notebook}", each.name))
     assert score.lines <= each.lines
-    assert score.traffic is None
+    assert (score.traffic is None) == (each is not eight_gpus.over_nodes)  # which counts its own
 
 
 def rows_of_a(A, B, rank, n):
@@ -309,6 +310,108 @@ def a_number_of_faults(exact, found):
     return 3
 
 
+def of_exact_figures(before, after, unit, tokens, removed):
+    return (removed / (tokens / before - tokens / after),) * 2
+
+
+def of_ends(before, after, unit, tokens, removed, *, ends):
+    return tuple(
+        removed / (tokens / (before + b * unit) - tokens / (after + a * unit)) for b, a in ends
+    )
+
+
+def whole_units(*given):
+    return of_ends(*given, ends=((-1, 1), (1, -1)))
+
+
+def most_first(*given):
+    return of_ends(*given, ends=((0.5, -0.5), (-0.5, 0.5)))
+
+
+def ends_along(*given):
+    return of_ends(*given, ends=((-0.5, -0.5), (0.5, 0.5)))
+
+
+def of_the_difference(before, after, unit, tokens, removed):
+    return removed / tokens * (after - before), removed / tokens * (after - before + unit)
+
+
+def rows_by(group, ep):
+    rows = torch.bincount(group.flatten(), minlength=ep)
+    return int(rows.max()), float(rows.max() / rows.float().mean())
+
+
+def of_an_expert(topk_ids, num_experts, tp, ep):
+    return rows_by(topk_ids, num_experts)
+
+
+def dealt_one_by_one(topk_ids, num_experts, tp, ep):
+    return rows_by(topk_ids % ep, ep)
+
+
+def dealt_to_tp(topk_ids, num_experts, tp, ep):
+    return rows_by(topk_ids // (num_experts // tp), tp)
+
+
+def tokens_not_choices(topk_ids, num_experts, tp, ep):
+    group = topk_ids // (num_experts // ep)
+    rows = [int((group == one).any(1).sum()) for one in range(ep)]
+    return max(rows), max(rows) * ep / sum(rows)
+
+
+def all_choices(topk_ids, num_experts, tp, ep):
+    return topk_ids.numel() + 1, 1.0
+
+
+def only_busy_groups(topk_ids, num_experts, tp, ep):
+    group = topk_ids // (num_experts // ep)
+    return rows_by(group.unique(return_inverse=True)[1], 1)
+
+
+def over_the_tokens(topk_ids, num_experts, tp, ep):
+    rows, _ = rows_by(topk_ids // (num_experts // ep), ep)
+    return rows, rows / len(topk_ids)
+
+
+def node_groups(nodes, per_node):
+    ranks = list(range(nodes * per_node))
+    within = [ranks[node * per_node :][:per_node] for node in range(nodes)]
+    return ranks, within, [ranks[place::per_node] for place in range(per_node)]
+
+
+def one_ring(values, nodes, per_node, reduce_scatter, all_reduce, all_gather):
+    return all_reduce(values, [list(range(nodes * per_node))])
+
+
+def whole_tensors_across(values, nodes, per_node, reduce_scatter, all_reduce, all_gather):
+    _, within, across = node_groups(nodes, per_node)
+    return all_reduce(all_reduce(values, across), within)
+
+
+def nodes_apart(values, nodes, per_node, reduce_scatter, all_reduce, all_gather):
+    return all_reduce(values, node_groups(nodes, per_node)[1])
+
+
+def not_gathered(values, nodes, per_node, reduce_scatter, all_reduce, all_gather):
+    _, within, across = node_groups(nodes, per_node)
+    return all_reduce(reduce_scatter(values, within), across)
+
+
+def summed_once_more(values, nodes, per_node, reduce_scatter, all_reduce, all_gather):
+    ranks, within, _ = node_groups(nodes, per_node)
+    return all_reduce(all_reduce(values, [ranks]), within)
+
+
+def a_rank_left_out(values, nodes, per_node, reduce_scatter, all_reduce, all_gather):
+    return all_reduce(values, [list(range(nodes * per_node - 1))])
+
+
+def parts_swapped(values, nodes, per_node, reduce_scatter, all_reduce, all_gather):
+    _, within, across = node_groups(nodes, per_node)
+    parts = all_reduce(reduce_scatter(values, within), across)
+    return all_gather(parts, [group[::-1] for group in within])
+
+
 def fails(*_):
     raise ZeroDivisionError("division by zero")
 
@@ -368,6 +471,28 @@ WRONG = [
     (bug_lab.name_the_fault, a_number_of_faults, "Return one of 'right'"),
     (bug_lab.name_the_fault, always_right, "you say 'right'"),
     (bug_lab.name_the_fault, to_the_bit, "[48] ranks, of which"),
+    (eight_gpus.explained, a_word, "Return the least and the most share"),
+    (eight_gpus.explained, of_exact_figures, "printed figures for exact"),
+    (eight_gpus.explained, whole_units, "off by half a unit at most"),
+    (eight_gpus.explained, most_first, "the least share first"),
+    (eight_gpus.explained, ends_along, "Move their ends apart"),
+    (eight_gpus.explained, of_the_difference, "the shares are"),
+    (eight_gpus.busiest_rank, a_word, "Return the rows and the imbalance"),
+    (eight_gpus.busiest_rank, of_an_expert, "that is the busiest expert"),
+    (eight_gpus.busiest_rank, dealt_one_by_one, "dealt in blocks"),
+    (eight_gpus.busiest_rank, dealt_to_tp, "not to tp ranks"),
+    (eight_gpus.busiest_rank, tokens_not_choices, "two rows there"),
+    (eight_gpus.busiest_rank, all_choices, r"has \d+ rows, you say"),
+    (eight_gpus.busiest_rank, only_busy_groups, "a group got no row at all"),
+    (eight_gpus.busiest_rank, over_the_tokens, "in the mean"),
+    (eight_gpus.over_nodes, a_word, "return a list of 8 tensors"),
+    (eight_gpus.over_nodes, one_ring, r"sends 1\.75 x the tensor .* 0\.25 will do"),
+    (eight_gpus.over_nodes, whole_tensors_across, r"sends 1\.00 x the tensor"),
+    (eight_gpus.over_nodes, nodes_apart, "The nodes never met"),
+    (eight_gpus.over_nodes, not_gathered, "does not hold a tensor of"),
+    (eight_gpus.over_nodes, summed_once_more, "holds the sum 4 times"),
+    (eight_gpus.over_nodes, a_rank_left_out, "Every rank belongs to one group"),
+    (eight_gpus.over_nodes, parts_swapped, "does not hold the sum of all"),
 ]
 
 
