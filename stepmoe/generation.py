@@ -61,10 +61,12 @@ class DecodeGraph:
         capacity: tokens of a sequence that the cache holds; a graph cannot make it grow.
     """
 
-    def __init__(self, model: Step3p5ForCausalLM, batch: int, capacity: int) -> None:
+    def __init__(
+        self, model: Step3p5ForCausalLM, batch: int, capacity: int, cache: KVCache | None = None
+    ) -> None:
         device = model.lm_head.weight.device
         self.batch, self.capacity = batch, capacity
-        self.cache = model.new_cache(capacity)
+        self.cache = model.new_cache(capacity) if cache is None else cache
         self._tokens = torch.zeros(batch, 1, dtype=torch.int64, device=device)
         self._graph = torch.cuda.CUDAGraph()
         # Kernels are compiled and libraries set up in ordinary steps, on a stream of their own as
@@ -93,10 +95,16 @@ class DecodeGraph:
         return self._next.clone()
 
 
-def graph_for(model: Step3p5ForCausalLM, batch: int, capacity: int) -> DecodeGraph | None:
+def graph_for(
+    model: Step3p5ForCausalLM, batch: int, capacity: int, cache: KVCache | None = None
+) -> DecodeGraph | None:
     """The model's decode graph with an empty cache; None where decode steps run one by one.
 
     The model keeps one: another batch size, or more tokens than it has slots for, replace it.
+
+    Args:
+        cache: the one to read and write, of this batch and capacity, where models that take turns
+            share it; None for one of its own.
     """
     weight = model.lm_head.weight
     if not weight.is_cuda:
@@ -105,9 +113,10 @@ def graph_for(model: Step3p5ForCausalLM, batch: int, capacity: int) -> DecodeGra
         note(f"decode steps ran without a CUDA graph: {reason}")
         return None
     kept = model.decode_graph
-    if kept is None or kept.batch != batch or kept.capacity < capacity:
+    fits = kept is not None and kept.batch == batch and kept.capacity >= capacity
+    if kept is None or not fits or cache not in (None, kept.cache):
         model.decode_graph = None  # free its memory first
-        model.decode_graph = kept = DecodeGraph(model, batch, capacity)
+        model.decode_graph = kept = DecodeGraph(model, batch, capacity, cache)
     kept.cache.clear()
     return kept
 

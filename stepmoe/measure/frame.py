@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import asdict
 from typing import TYPE_CHECKING, Any
 
@@ -67,7 +67,7 @@ def _row(
         "bytes_sent": first.bytes_sent[name],
         "collectives": sum(first.counts[name].values()),
         "counts": first.counts[name],
-        **_against_baseline(name, latency),
+        **against_baseline(name, latency, statistics.speedup),
         "repeats": len(latency[name]),
     }
 
@@ -88,14 +88,19 @@ def _split(ranks: Sequence[CaseRecord], name: str) -> dict[str, float]:
     }
 
 
-def _against_baseline(name: str, latency: dict[str, list[float]]) -> dict[str, object]:
+def against_baseline(
+    name: str,
+    times: dict[str, list[float]],
+    compare: Callable[[Sequence[float], Sequence[float]], statistics.Speedup],
+) -> dict[str, object]:
+    """The columns that compare a variant with three_all_reduces, by their times of each round."""
     nan = float("nan")
-    if BASELINE not in latency:
+    if BASELINE not in times:
         ratio, verdict = statistics.Speedup(nan, nan, nan), NO_BASELINE
     elif name == BASELINE:
         ratio, verdict = statistics.Speedup(1.0, 1.0, 1.0), BASELINE_VERDICT
     else:
-        ratio = statistics.speedup(latency[BASELINE], latency[name])
+        ratio = compare(times[BASELINE], times[name])
         verdict = ratio.verdict
     return {
         "speedup": ratio.ratio,

@@ -126,7 +126,7 @@ def _layout(parallel: dict[str, Any]) -> str:
 
 
 def throughput_table(frame: pd.DataFrame) -> str:
-    """What `compare_throughput` returned, for a terminal, and what it was measured on.
+    """What `compare_throughput` just returned, for a terminal, and what it was measured on.
 
     Raises:
         ConfigError: another kind of frame.
@@ -136,22 +136,12 @@ def throughput_table(frame: pd.DataFrame) -> str:
     for _, block in frame.groupby(["phase", "batch"], sort=False):
         rows = block.to_dict("records")
         factor, unit = unit_for(row["p90"] for row in rows)
-        head: tuple[str, ...] = ("", f"median {unit}", "p10 to p90", "tokens/s", "peak GiB")
-        lines = [
-            (
-                row["variant"],
-                f"{row['median'] * factor:.2f}",
-                f"{row['p10'] * factor:.2f} to {row['p90'] * factor:.2f}",
-                f"{row['tokens_per_second']:,.0f}",
-                f"{row['memory'] / 2**30:.2f}",
-                str(row["collectives"]),
-                f"{row['bytes_sent'] / 2**20:,.1f}",
-            )
-            for row in rows
-        ]
+        head: tuple[str, ...] = ("", f"median {unit}", "p10 to p90", "compute", "communicate")
+        head += ("wait", "tokens/s", "peak GiB", "collectives", "MiB sent", f"against {BASELINE}")
+        lines = [_throughput_line(row, factor) for row in rows]
         graph = ", replayed from a CUDA graph" if rows[0]["is_graph"] else ""
         described = f"{_described(rows[0])}, {rows[0]['steps']} steps{graph}"
-        blocks.append(f"{described}\n{aligned([(*head, 'collectives', 'MiB sent'), *lines])}")
+        blocks.append(f"{described}\n{aligned([head, *lines])}")
     attrs = frame.attrs
     routing, work = attrs["routing"], attrs["workload"]
     alone = attrs["parallel"]["simulate_rank"] is not None
@@ -167,9 +157,24 @@ def throughput_table(frame: pd.DataFrame) -> str:
         "the slowest rank of each step.",
         f"routing {routing['asked'] or 'of the checkpoint'}: the busiest expert has "
         f"{routing['busiest']:.1f} x the mean, {whose} {routing['own_share']:.2f} x.",
+        attrs["method"],
         *attrs["notes"],
     ]
     return "\n\n".join([*blocks, "\n".join(notes)])
+
+
+def _throughput_line(row: dict[str, Any], factor: float) -> tuple[str, ...]:
+    return (
+        row["variant"],
+        f"{row['median'] * factor:.2f}",
+        f"{row['p10'] * factor:.2f} to {row['p90'] * factor:.2f}",
+        *(f"{row[part] * factor:.2f}" for part in ("compute", "communication", "waiting")),
+        f"{row['tokens_per_second']:,.0f}",
+        f"{row['memory'] / 2**30:.2f}",
+        str(row["collectives"]),
+        f"{row['bytes_sent'] / 2**20:,.1f}",
+        verdict(row),
+    )
 
 
 def _described(row: dict[str, Any]) -> str:

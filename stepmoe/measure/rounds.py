@@ -106,8 +106,8 @@ def run_plan(plan: Plan) -> RankRecord:
             inputs = make_inputs(plan, case, models, place.cache_bytes)
             cases.append(CaseRecord(case, len(inputs.sets), inputs.bytes_each))
         names, steps = plan.order(turn), steps_of(models, inputs, turn)
-        times = {name: time_step(steps[name], device, group) for name in names}
-        splits = {name: split_step(steps[name], device, group) for name in names}
+        times = {name: time_call(steps[name].prepared(), device, group) for name in names}
+        splits = {name: split_call(steps[name].prepared(), device, group) for name in names}
         if turn >= 0:
             cases[-1].keep(times, splits)
     return RankRecord(place, _meeting(device, group), cases)
@@ -200,11 +200,6 @@ def steps_of(models: dict[str, Step3p5ForCausalLM], inputs: Inputs, turn: int) -
     }
 
 
-def time_step(step: Step, device: torch.device, group: RankGroup) -> float:
-    """Seconds this rank spends on one step that all ranks of the group begin together."""
-    return time_call(step.prepared(), device, group)
-
-
 def time_call(run: Callable[[], object], device: torch.device, group: RankGroup) -> float:
     """Seconds this rank spends in `run`, which all ranks of the group begin together.
 
@@ -225,10 +220,12 @@ def time_call(run: Callable[[], object], device: torch.device, group: RankGroup)
     return time.perf_counter() - start
 
 
-def split_step(step: Step, device: torch.device, group: RankGroup) -> tuple[Split, Ledger]:
-    """The same in the measuring mode, in which the ranks meet before every collective."""
+def split_call(
+    run: Callable[[], object], device: torch.device, group: RankGroup
+) -> tuple[Split, Ledger]:
+    """`time_call` in the measuring mode, in which the ranks meet before every collective."""
     with Ledger() as ledger, split_waiting():
-        total = time_step(step, device, group)
+        total = time_call(run, device, group)
     waiting = sum(entry.waited for entry in ledger.entries)
     inside = sum(entry.seconds for entry in ledger.entries)
     return Split(total, inside - waiting, waiting), ledger

@@ -4,8 +4,7 @@ from __future__ import annotations
 
 import resource
 import sys
-from collections import Counter
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from functools import partial
 
 import torch
@@ -13,56 +12,21 @@ from torch import Tensor
 
 from stepmoe.causal_lm import Step3p5ForCausalLM
 from stepmoe.comm.ledger import Ledger
-from stepmoe.generation import graph_for, next_tokens
+from stepmoe.generation import next_tokens
 from stepmoe.launch import progress, rank_device
 from stepmoe.measure.chip import measure_chip
+from stepmoe.measure.decoding import decode_in_turn
 from stepmoe.measure.environment import Place, look_around
-from stepmoe.measure.rounds import share_weights, time_call
+from stepmoe.measure.rounds import share_weights, split_call, time_call
 from stepmoe.measure.source import load
+from stepmoe.measure.step_times import SPLITS, StepTimes
 from stepmoe.measure.workload import Batch, ThroughputPlan
 from stepmoe.mini.load import RouterLoad
-from stepmoe.model.kv_cache import KVCache
 from stepmoe.roofline import Chip
 
 # What the router's biases, drawn with deviation 0.1, are multiplied by for near-uniform routing:
 # then the busiest of 288 experts gets 1.3 times the mean, with them as drawn 10 times.
 _UNIFORM = 0.01
-
-
-@dataclass
-class StepTimes:
-    """One kind of step of one variant on one rank.
-
-    Attributes:
-        batch, length, context: sequences, new tokens of each, tokens that were in the cache.
-        seconds: of every step, in order.
-        counts, sent: collectives of one step, by kind, and {(op, bytes): how many}.
-        stand_in: seconds of one step that the stand-ins for a simulated rank's collectives took: a
-            real rank has the collectives' time instead. 0 on a real rank.
-        is_graph: decode steps that were replayed from a CUDA graph.
-    """
-
-    phase: str
-    batch: int
-    length: int
-    context: int
-    seconds: list[float] = field(default_factory=list)
-    counts: dict[str, int] = field(default_factory=dict)
-    sent: dict[tuple[str, int], int] = field(default_factory=dict)
-    bytes_sent: float = 0.0
-    stand_in: float = 0.0
-    is_graph: bool = False
-
-    def note(self, ledger: Ledger) -> None:
-        """Keep what one such step sent."""
-        self.counts, self.bytes_sent = ledger.counts(), ledger.bytes_sent()
-        self.sent = dict(Counter((entry.op, entry.bytes) for entry in ledger.entries))
-        # What the fused operation adds and normalises, a real rank does too.
-        self.stand_in = sum(
-            entry.seconds
-            for entry in ledger.entries
-            if entry.implementation == "simulated" and entry.op != "all_reduce_add_rms_norm"
-        )
 
 
 @dataclass
@@ -112,8 +76,10 @@ def run_workload(plan: ThroughputPlan) -> RankThroughput:
             if turn >= 0:
                 record.steps[name][0].seconds += seconds
     for size in plan.workload.decode:
-        for name, model in models.items():
-            record.steps[name].append(_decode(model, plan, size))
+        for name, steps in decode_in_turn(models, plan, size).items():
+            record.steps[name].append(steps)
+            if steps.remark:
+                record.notes.append(steps.remark)
     return record
 
 
@@ -170,7 +136,7 @@ def _prefill(
 
 
 def _watch(model: Step3p5ForCausalLM, plan: ThroughputPlan) -> tuple[StepTimes, Tensor, list[str]]:
-    """One step with a ledger open and the router's choices counted; untimed."""
+    """The first step with a ledger open and the router's choices counted; then split."""
     batch = plan.workload.batches[0]
     ids = _ids(plan, batch, 0)[:, : batch.length].to(model.lm_head.weight.device)
     steps = StepTimes("prefill", batch.prompts, batch.length, 0)
@@ -180,44 +146,14 @@ def _watch(model: Step3p5ForCausalLM, plan: ThroughputPlan) -> tuple[StepTimes, 
         next_tokens(model, ids, model.new_cache(batch.length))
     counter.close()
     steps.note(ledger)
+
+    def run() -> object:
+        return next_tokens(model, ids, model.new_cache(batch.length))
+
+    for _ in range(SPLITS):
+        steps.splits.append(split_call(run, ids.device, model.comm.group)[0])
     load = [count.cpu() for _, count in sorted(counter.take().items())]
     return steps, torch.stack(load) if load else torch.zeros(0, 0), ledger.notes
-
-
-def _decode(model: Step3p5ForCausalLM, plan: ThroughputPlan, batch: int) -> StepTimes:
-    """Decode steps of `batch` sequences after `context` tokens, whose keys and values are random
-    numbers: what they are does not matter for the time."""
-    work, device = plan.workload, model.lm_head.weight.device
-    steps = StepTimes("decode", batch, 1, work.context)
-    capacity = work.context + work.decode_steps + 1
-    graph = graph_for(model, batch, capacity)
-    cache = graph.cache if graph else model.new_cache(capacity)
-    new = torch.ones(batch, 1, dtype=torch.int64, device=device)
-
-    def run() -> None:
-        nonlocal new
-        new = graph.step(new) if graph else next_tokens(model, new, cache)
-
-    with Ledger() as ledger:  # the first step reserves the cache's slots
-        run()
-    steps.note(ledger)
-    steps.is_graph = graph is not None
-    _fill(cache, work.context, plan.seed)
-    for _ in range(work.decode_steps):
-        steps.seconds.append(time_call(run, device, model.comm.group))
-    model.decode_graph = None  # the next batch needs its memory
-    return steps
-
-
-def _fill(cache: KVCache, context: int, seed: int) -> None:
-    """Let a cache whose slots are reserved hold `context` tokens of random keys and values."""
-    cache.clear()
-    for layer in cache.layers:
-        for kept in (layer.keys, layer.values):
-            if kept is not None:
-                random = torch.Generator(kept.device).manual_seed(seed)
-                kept.normal_(generator=random)
-    cache.advance(context)
 
 
 class _Peak:

@@ -11,11 +11,13 @@ import numpy as np
 import torch
 
 from stepmoe.launch import Ranks
+from stepmoe.measure import statistics
 from stepmoe.measure.environment import describe
-from stepmoe.measure.frame import plain
+from stepmoe.measure.frame import against_baseline, plain
 from stepmoe.measure.latency import check_world, ranks_in, run_everywhere
-from stepmoe.measure.serving import RankThroughput, StepTimes, run_workload
+from stepmoe.measure.serving import RankThroughput, run_workload
 from stepmoe.measure.source import Source
+from stepmoe.measure.step_times import StepTimes, mean_parts
 from stepmoe.measure.workload import Routing, ThroughputPlan, Workload
 from stepmoe.mini.load import imbalance
 from stepmoe.parallel import ParallelConfig
@@ -49,6 +51,13 @@ def compare_throughput(
         median, p10, p90: of the full steps; steps: how many were timed.
         tokens_per_second: prefill: prompt and output tokens over the time of all steps, decode
             steps of the outputs included; decode: new tokens.
+        speedup, speedup_low, speedup_high, verdict: its ratio to that of three_all_reduces, with
+            the interval of `attrs["method"]`: a round is a batch of prompts, or one decode step.
+            NaN where that variant was not measured, or there were fewer than 6 rounds.
+        compute, communication, waiting: the mean rank's parts of a step, medians of some steps
+            timed apart: with meetings of the ranks before each collective, or, where a CUDA graph
+            is replayed, by profiler. NaN where the profiler did not see enough (`attrs["notes"]`).
+            What a fused collective computes counts as communication.
         counts, collectives, bytes_sent: of one step and rank, as in sm.Ledger; sent: the same as a
             list of {"op", "bytes", "count"}.
         memory, weights: peak and weights of the rank that holds most, in bytes.
@@ -79,10 +88,17 @@ def compare_throughput(
     plan = ThroughputPlan.of(source, variants, work, parallel, dtype, routing, layers, seed)
     records = run_everywhere(ranks, timeout, run_workload, plan)
     rows, samples = [], []
+    slowest = {name: _slowest(records, name) for name in plan.variants}
     for name in plan.variants:
-        for same in zip(*(record.steps[name] for record in records), strict=True):
-            seconds = [max(times) for times in zip(*(step.seconds for step in same), strict=True)]
-            row = {"variant": name, **_row(plan, same[0], seconds)}
+        kinds = zip(*(record.steps[name] for record in records), strict=True)
+        for number, same in enumerate(kinds):
+            seconds = slowest[name][number]
+            row = {"variant": name, **_row(plan, same[0], seconds), **mean_parts(same)}
+            rounds = {
+                other: _rounds(plan, same[0].phase, times[number])
+                for other, times in slowest.items()
+            }
+            row |= against_baseline(name, rounds, statistics.gain)
             row["memory"] = max(record.memory[name] for record in records)
             row["weights"] = max(record.weights for record in records)
             rows.append(row)
@@ -91,6 +107,21 @@ def compare_throughput(
     frame = pd.DataFrame(rows)
     frame.attrs = {**_attributes(plan, records), "samples": samples}
     return frame
+
+
+def _slowest(records: list[RankThroughput], name: str) -> list[list[float]]:
+    """For each kind of step the times of all steps: those of the rank that took longest."""
+    return [
+        [max(times) for times in zip(*(step.seconds for step in same), strict=True)]
+        for same in zip(*(record.steps[name] for record in records), strict=True)
+    ]
+
+
+def _rounds(plan: ThroughputPlan, phase: str, seconds: list[float]) -> list[float]:
+    """What the variants took turns at: batches of prompts, or single decode steps."""
+    if phase == "decode":
+        return seconds
+    return np.reshape(seconds, (len(plan.workload.batches), -1)).sum(1).tolist()
 
 
 def _row(plan: ThroughputPlan, step: StepTimes, seconds: list[float]) -> dict[str, Any]:
@@ -152,6 +183,7 @@ def _attributes(plan: ThroughputPlan, records: list[RankThroughput]) -> dict[str
         "layers": plain(plan.layers),
         "workload": plain(asdict(plan.workload)),
         "routing": {"asked": plan.routing, **_balance(plan, records)},
+        "method": statistics.GAIN_METHOD,
         "notes": list(dict.fromkeys(note for record in records for note in record.notes)),
     }
 

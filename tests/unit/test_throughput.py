@@ -34,7 +34,7 @@ def frame():
     work = Workload(
         input_len=40, output_len=3, prompts=3, chunk=16, decode=(3,), context=30, decode_steps=2
     )
-    return compare_throughput(TINY, ["deferred", "reduce_scatter"], work, parallel=ALONE)
+    return compare_throughput(TINY, ["three_all_reduces", "reduce_scatter"], work, parallel=ALONE)
 
 
 def test_steps_tokens_and_time_agree(frame):
@@ -51,6 +51,23 @@ def test_steps_tokens_and_time_agree(frame):
         full = [s for i, s in enumerate(seconds) if i % 5 < 2]
         assert row["median"] == pytest.approx(torch.tensor(full).double().quantile(0.5).item())
         assert row["memory"] > row["weights"] > 0
+
+
+def test_speed_up_is_the_ratio_of_tokens_a_second(frame):
+    for _, (baseline, other) in (
+        frame.groupby("phase").apply(lambda f: f.to_dict("records")).items()
+    ):
+        assert (baseline["speedup"], baseline["verdict"]) == (1, "the baseline")
+        ratio = other["tokens_per_second"] / baseline["tokens_per_second"]
+        assert other["speedup"] == pytest.approx(ratio)
+        assert other["verdict"] == "too few rounds for an interval"  # three batches, two steps
+
+
+def test_parts_of_a_step_add_up(frame):
+    for row in frame.to_dict("records"):
+        assert row["compute"] > 0
+        assert row["communication"] > 0  # of the stand-ins
+        assert row["waiting"] < row["compute"]  # it meets nobody, which takes microseconds
 
 
 def test_what_it_sends_is_what_a_ledger_sees(frame):

@@ -1,0 +1,63 @@
+"""Replays of a CUDA graph taken apart, from traces whose truth is known; no GPU needed."""
+
+import random
+
+import pytest
+
+from stepmoe.comm.groups import RankGroup
+from stepmoe.measure.replays import _problem, replays_of, split_of
+
+NAMES = ("ncclDevKernel_AllReduce_Sum_bf16_RING_LL", "one_shot_kernel", "gemm", "_two_shot_kernel")
+
+
+def kernel(name, begin, seconds, launch):
+    times = {"ts": begin * 1e6, "dur": seconds * 1e6}
+    return {"ph": "X", "cat": "kernel", "name": name, "args": {"correlation": launch}, **times}
+
+
+def rank_trace(lateness, transfer, compute):
+    """Two replays of three products, each followed by a collective that all ranks leave together.
+
+    lateness: seconds that this rank's products take longer than the slowest rank's take less.
+    """
+    events, now = [], 7.0
+    for launch in (11, 12):
+        events.append({"ph": "X", "cat": "cuda_runtime", "name": "cudaGraphLaunch", "ts": 0,
+                       "dur": 1, "args": {"correlation": launch}})  # fmt: skip
+        # A meeting before the replay, which a host launched, is none of the replay's.
+        events.append(kernel(NAMES[0], now, 0.5, launch + 100))
+        now += 1
+        for number, (late, work) in enumerate(zip(lateness, compute, strict=True)):
+            events.append(kernel("gemm", now, work - late, launch))
+            events.append(
+                kernel(NAMES[(0, 1, 3)[number]], now + work - late, late + transfer, launch)
+            )
+            now += work + transfer
+    random.Random(0).shuffle(events)
+    return {"traceEvents": [*events, {"ph": "M", "name": "process_name"}]}
+
+
+def test_the_shortest_kernel_is_the_collective_and_the_rest_is_waiting():
+    compute, transfer = [0.3, 0.2, 0.4], 0.05
+    lateness = [[0, 0.1, 0.02], [0.2, 0, 0.01], [0.1, 0.05, 0]]  # seconds each rank comes early
+    ranks = [replays_of(rank_trace(late, transfer, compute)) for late in lateness]
+    assert [len(own) for own in ranks] == [2, 2, 2]
+    for replay in range(2):
+        for index, late in enumerate(lateness):
+            split = split_of([own[replay] for own in ranks], index)
+            assert split.total == pytest.approx(sum(compute) + 3 * transfer)
+            assert split.communication == pytest.approx(3 * transfer)
+            assert split.waiting == pytest.approx(sum(late))
+
+
+def test_profiles_that_do_not_fit_together_are_refused():
+    group = RankGroup("tp", (0, 1))
+    good = replays_of(rank_trace([0, 0, 0], 0.1, [1, 1, 1]))
+    assert _problem([good, good], 2, group) == ""
+    assert "saw [1, 2] of 2 replays" in _problem([good, good[:1]], 2, group)
+    assert "saw [2, 3] kernels" in _problem(
+        [good, [good[0], type(good[1])(1.0, [0.1] * 2)]], 2, group
+    )
+    silent = [type(replay)(1.0, []) for replay in good]
+    assert "saw [0] kernels" in _problem([silent, silent], 2, group)
+    assert _problem([silent], 2, RankGroup("tp", (0,))) == ""
