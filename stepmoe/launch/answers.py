@@ -42,17 +42,26 @@ class Failure:
 
     Attributes:
         name, text: the exception's class, and how Python prints it ("ValueError: no").
+        frames: outermost first; of a long stack its two ends.
+        skipped: how many frames are left out between them.
         consequence: a peer closed a connection, so the cause is elsewhere.
         time: when, in seconds since the epoch.
         parent: the exception it was raised from or while handling.
+        parent_skipped: there is one, too far back to be told.
+        members: of an exception group; the first ones.
+        members_skipped: how many more it has.
     """
 
     name: str
     text: str
     frames: list[Frame]
+    skipped: int
     consequence: bool
     time: float
-    parent: "Failure | None" = None
+    parent: "Failure | None"
+    parent_skipped: bool
+    members: "list[Failure]"
+    members_skipped: int
 
 
 @dataclass

@@ -8,13 +8,23 @@ import textwrap
 from dataclasses import dataclass, field
 
 from stepmoe.errors import RankError, RankTimeout
-from stepmoe.launch.answers import Answer, Failure
+from stepmoe.launch.answers import Answer, Failure, Frame
 from stepmoe.launch.where import A_CELL, NOT_IN_ONE, is_cell
 
 AFRESH = "The next call works; what the ranks held (groups, models, launch.rank.state) is gone."
 RESTARTED = (
     "The ranks are being restarted, and the next call works; what they held (groups, models, "
     "launch.rank.state) is gone."
+)
+
+_GLOO_ABORTS = (
+    "gloo does so when a collective's tensors differ in shape or dtype from rank to rank: compare "
+    "them, print(tensor.shape, tensor.dtype)"
+)
+
+_SAME_COLLECTIVE = (
+    "All ranks are in the same collective. If it is not just slow, its tensors differ in shape or "
+    "dtype, its groups or roots differ, or one rank is in an earlier call of it than the others"
 )
 
 # Ranks start a call within milliseconds of each other, on a busy machine within this (s).
@@ -108,6 +118,8 @@ def how_it_ended(code: int | None) -> str:
     """For a sentence that starts with the rank."""
     if code is None:
         return "ended: its process is gone"
+    if code == -signal.SIGABRT:
+        return f"was killed by SIGABRT: native code gave up. {_GLOO_ABORTS}"
     if code < 0:
         return f"was killed by {signal.Signals(-code).name}"
     return f"ended its process with exit code {code}"
@@ -140,6 +152,9 @@ def _timed_out(outcome: Outcome, world: int, timeout: float | None, after: str) 
     waiting = {rank: _waits_in(rank, outcome) for rank in range(world)}
     lines = [f"  rank {rank}: {text}" for rank, text in waiting.items()]
     head = f"the call did not end within {timeout:g} s. The ranks were in:"
+    places = set(waiting.values())
+    if len(places) == 1 and not any(place.startswith(NOT_IN_ONE) for place in places):
+        lines.append(_SAME_COLLECTIVE)
     return RankTimeout("\n".join([head, *lines, after]), waiting=waiting)
 
 
@@ -159,12 +174,23 @@ def traceback_text(failure: Failure) -> str:
     lines: list[str] = []
     if failure.parent:
         lines += [traceback_text(failure.parent), "which led to:"]
-    for frame in failure.frames:
-        source = frame.source or linecache.getline(frame.filename, frame.line).strip()
-        lines.append(f"  {short_name(frame.filename)}, line {frame.line}, in {frame.function}")
-        if source:
-            lines.append(textwrap.indent(source, "    "))
-    return "\n".join([*lines, failure.text])
+    elif failure.parent_skipped:
+        lines.append("(the exceptions that led to this one are left out)")
+    stack = [_frame_text(frame) for frame in failure.frames]
+    if failure.skipped:
+        stack.insert(len(stack) // 2, f"  ... {failure.skipped} more frames ...")
+    lines += [*stack, failure.text]
+    for number, member in enumerate(failure.members, 1):
+        lines += [f"  its member {number}:", textwrap.indent(traceback_text(member), "    ")]
+    if failure.members_skipped:
+        lines.append(f"  and {failure.members_skipped} more")
+    return "\n".join(lines)
+
+
+def _frame_text(frame: Frame) -> str:
+    source = frame.source or linecache.getline(frame.filename, frame.line).strip()
+    line = f"  {short_name(frame.filename)}, line {frame.line}, in {frame.function}"
+    return "\n".join([line, textwrap.indent(source, "    ")] if source else [line])
 
 
 def short_name(path: str) -> str:

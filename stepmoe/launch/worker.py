@@ -8,12 +8,9 @@ import gc
 import importlib
 import io
 import os
-import re
 import signal
 import socket
 import sys
-import time
-import traceback
 from dataclasses import dataclass, field
 from types import FrameType, ModuleType
 from typing import Any
@@ -26,14 +23,9 @@ import torch.distributed as dist
 # imports it; done here, before there is a group, it keeps none alive when this rank lets go.
 import torch.distributed.nn.functional
 
-from stepmoe.launch import progress_bar, rank
-from stepmoe.launch.answers import Answer, Failure, Frame, Setup
+from stepmoe.launch import exceptions, progress_bar, rank
+from stepmoe.launch.answers import Answer, Setup
 from stepmoe.launch.deadline import Deadline, publish
-
-# What a rank sees when another one closed their connection: never the cause.
-_CONSEQUENCE = re.compile(
-    r"closed by peer|reset by peer|broken pipe|failed to recv, got 0 bytes", re.IGNORECASE
-)
 
 
 @dataclass
@@ -95,8 +87,8 @@ def execute(payload: bytes, epoch: int, timeout: float | None) -> Answer:
         finally:
             _me.in_call = False
     except BaseException as error:
-        failure = _describe(error)
-        _clear(error)
+        failure = exceptions.describe(error, caller=__file__)
+        exceptions.clear(error)
     finally:
         where = _me.deadline.end()
     if failure is None:
@@ -175,27 +167,3 @@ def _pack(value: Any) -> Answer:
         return Answer(value=dumps(value))
     except Exception as error:
         return Answer(unsendable=f"{type(value).__qualname__} ({type(error).__name__}: {error})")
-
-
-def _describe(error: BaseException) -> Failure:
-    parent = error.__cause__ or (None if error.__suppress_context__ else error.__context__)
-    text = "".join(traceback.format_exception_only(error)).strip()
-    return Failure(
-        name=type(error).__name__,
-        text=text,
-        frames=[
-            Frame(entry.filename, entry.lineno or 0, entry.name, entry.line or "")
-            for entry in traceback.extract_tb(error.__traceback__)
-            if entry.filename != __file__
-        ],
-        consequence=isinstance(error, RuntimeError) and bool(_CONSEQUENCE.search(text)),
-        time=time.time(),
-        parent=_describe(parent) if parent else None,
-    )
-
-
-def _clear(error: BaseException | None) -> None:
-    """Empty the frames that a traceback holds: their variables keep process groups alive."""
-    while error is not None:
-        traceback.clear_frames(error.__traceback__)
-        error = error.__cause__ or error.__context__
