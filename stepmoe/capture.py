@@ -6,6 +6,7 @@ from collections.abc import Iterable
 
 from torch import Tensor
 
+from stepmoe.checks import whole_number
 from stepmoe.comm.communicator import Communicator
 from stepmoe.comm.placement import Placed
 from stepmoe.errors import ConfigError
@@ -37,9 +38,8 @@ class Capture:
 
     def __init__(self, layers: int | Iterable[int] | None = None) -> None:
         if layers is not None:
-            layers = [layers] if isinstance(layers, int) else list(layers)
-            if not all(isinstance(layer, int) for layer in layers):
-                raise ConfigError(f"layers must be whole numbers, got {layers!r}")
+            given = layers if isinstance(layers, Iterable) else [layers]
+            layers = [whole_number("a layer", layer, least=0) for layer in given]
         self.layers = None if layers is None else frozenset(layers)
         self.states: dict[int, dict[str, Tensor]] = {}
         self._shape: tuple[int, ...] = ()

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from operator import index
 from typing import TYPE_CHECKING, Any, cast
 
 import torch
@@ -37,6 +38,17 @@ _PER_LAYER = [
     "swiglu_limits",
     "swiglu_limits_shared",
 ]
+
+
+def whole_number(name: str, value: Any, least: int = 1) -> int:
+    """`value` as an int, whichever integer it is (numpy's too); ConfigError unless it is one."""
+    try:
+        number = index(value)
+    except TypeError:
+        number = least - 1
+    if isinstance(value, bool) or number < least:
+        raise ConfigError(f"{name} must be a whole number of at least {least}, got {value!r}")
+    return number
 
 
 def check_config(config: Step3p5Config) -> None:
@@ -123,10 +135,7 @@ def check_model(config: Step3p5Config, parallel: ParallelConfig, dtype: torch.dt
 
 def check_generate(config: Step3p5Config, input_ids: Tensor, max_new_tokens: int) -> None:
     """Before the first token is computed: the count, and that the positions suffice."""
-    if not isinstance(max_new_tokens, int) or max_new_tokens is True or max_new_tokens < 1:
-        raise ConfigError(
-            f"max_new_tokens must be a whole number of at least 1, got {max_new_tokens!r}"
-        )
+    whole_number("max_new_tokens", max_new_tokens)
     check_input(config, input_ids, None)
     # The last new token is not fed back.
     if input_ids.shape[1] + max_new_tokens - 1 > config.max_position_embeddings:

@@ -10,6 +10,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Literal
 
+from stepmoe.checks import whole_number
 from stepmoe.errors import ConfigError
 
 if TYPE_CHECKING:
@@ -39,9 +40,10 @@ class ParallelConfig:
     simulate_rank: int | None = None
 
     def __post_init__(self) -> None:
-        for name, value in (("tp", self.tp), ("ep", self.ep)):
-            if not isinstance(value, int) or isinstance(value, bool) or value < 1:
-                raise ConfigError(f"{name} must be a positive whole number, got {value!r}")
+        for name, least in (("tp", 1), ("ep", 1), ("simulate_rank", 0)):
+            value = getattr(self, name)
+            if value is not None or name != "simulate_rank":
+                object.__setattr__(self, name, whole_number(name, value, least))
         if self.tp % self.ep:
             raise ConfigError(
                 f"ep={self.ep} does not divide tp={self.tp}: "
@@ -49,11 +51,10 @@ class ParallelConfig:
             )
         if self.attention not in ("tp", "dp"):
             raise ConfigError(f"attention must be 'tp' or 'dp', got {self.attention!r}")
-        rank = self.simulate_rank
-        if rank is not None and (type(rank) is not int or not 0 <= rank < self.tp):
+        if self.simulate_rank is not None and self.simulate_rank >= self.tp:
             raise ConfigError(
                 f"simulate_rank must be a whole number from 0 to tp - 1 = {self.tp - 1}, "
-                f"got {rank!r}"
+                f"got {self.simulate_rank}"
             )
 
     @property

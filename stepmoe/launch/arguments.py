@@ -2,16 +2,29 @@
 
 import importlib.util
 from importlib.metadata import entry_points
+from numbers import Real
 from typing import Any
 
+from stepmoe.checks import whole_number
 from stepmoe.errors import ConfigError, RankError
 from stepmoe.launch import rank
 
+# Of what `ipyparallel.Cluster` takes, what says how processes are started; the rest `Ranks` says.
+OPTIONS = (
+    "config",
+    "controller",
+    "controller_args",
+    "controller_ip",
+    "controller_launcher_class",
+    "controller_location",
+    "delay",
+    "send_engines_connection_env",
+)
 
-def check(n: int, device: str, engines: str) -> None:
-    """The arguments of `Ranks`, before anything starts."""
-    if not isinstance(n, int) or isinstance(n, bool) or n < 1:
-        raise ConfigError(f"n={n!r}: give the number of ranks, at least 1")
+
+def checked(n: Any, device: str, engines: str, options: dict[str, Any]) -> int:
+    """The arguments of `Ranks`, before anything starts; `n` as an int."""
+    n = whole_number("n (ranks)", n)
     if engines == "local":
         rank.check_device(device)
     elif device not in rank.DEVICES:  # this host's GPUs say nothing about the others'
@@ -24,6 +37,10 @@ def check(n: int, device: str, engines: str) -> None:
     known = sorted(point.name for point in entry_points(group="ipyparallel.engine_launchers"))
     if engines not in known:
         raise ConfigError(f"engines={engines!r}: ipyparallel knows {', '.join(known)}")
+    for name in options:
+        if name not in OPTIONS:
+            raise ConfigError(f"options: {name!r} is not known; give some of {', '.join(OPTIONS)}")
+    return n
 
 
 def check_call(fn: Any, timeout: Any) -> None:
@@ -32,7 +49,7 @@ def check_call(fn: Any, timeout: Any) -> None:
         raise TypeError(f"fn={fn!r} is not callable: give the function, then its arguments")
     if timeout is None:
         return
-    if not isinstance(timeout, (int, float)) or isinstance(timeout, bool) or not timeout > 0:
+    if not isinstance(timeout, Real) or isinstance(timeout, bool) or not float(timeout) > 0:
         raise ConfigError(f"timeout={timeout!r}: give seconds, more than 0, or None for no limit")
 
 

@@ -161,7 +161,6 @@ def _settings(folder: Path, local: bool, options: dict[str, Any]) -> dict[str, A
         "shutdown_atexit": False,
         "delay": 0,
         "log": _log,
-        "controller_args": list(_CONTROLLER_ARGUMENTS),
     }
     me = psutil.Process()
     watched = [sys.executable, "-P", watch.__file__]
@@ -180,10 +179,10 @@ def _settings(folder: Path, local: bool, options: dict[str, Any]) -> dict[str, A
         path = os.pathsep.join(entry or os.getcwd() for entry in sys.path)
         config.LocalEngineSetLauncher.environment = {"PYTHONPATH": path}
     config.merge(options.get("config", Config()))
-    settings |= {**options, "config": config}
-    if not local or settings.get("controller_ip", "") not in LOOPBACK:
-        settings["controller_args"].append("--IPController.enable_curve=True")
-    return settings
+    arguments = [*_CONTROLLER_ARGUMENTS, *options.get("controller_args", ())]
+    if not local or options.get("controller_ip", "") not in LOOPBACK:
+        arguments.append("--IPController.enable_curve=True")
+    return settings | options | {"config": config, "controller_args": arguments}
 
 
 def _end_session(pid: int) -> None:

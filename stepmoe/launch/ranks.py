@@ -9,7 +9,7 @@ from types import TracebackType
 from typing import TYPE_CHECKING, Any, Self
 
 from stepmoe.errors import RankError
-from stepmoe.launch.arguments import check, check_call, packed, unpacked
+from stepmoe.launch.arguments import check_call, checked, packed, unpacked
 from stepmoe.launch.failures import AFRESH, RESTARTED, error_from, how_it_ended
 
 if TYPE_CHECKING:
@@ -50,7 +50,7 @@ class Ranks:
         device: "cpu", "cuda" or "auto" (GPUs where there are some). Ranks that are more than the
             GPUs share them, and then communicate with gloo, because NCCL cannot.
         engines: ipyparallel's name for how they are started.
-        options: further arguments for `ipyparallel.Cluster`.
+        options: further arguments for `ipyparallel.Cluster`: those in `launch.arguments.OPTIONS`.
     Raises:
         ConfigError: an argument that cannot work, before anything starts.
         ImportError: ipyparallel is not installed.
@@ -65,10 +65,11 @@ class Ranks:
         options: dict[str, Any] | None = None,
     ) -> None:
         global _current
-        check(n, device, engines)
+        options = options or {}
+        n = checked(n, device, engines, options)
         from stepmoe.launch.team import Wanted
 
-        self._wanted = Wanted(n, device, engines, options or {})
+        self._wanted = Wanted(n, device, engines, options)
         self._lock = threading.RLock()
         self._closed: str | None = None  # or why
         self._team = self._take_over(_current)

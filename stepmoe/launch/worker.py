@@ -112,7 +112,10 @@ def let_go() -> None:
 
 
 def dumps(value: Any) -> bytes:
-    """Pickle, functions and classes of a notebook by value, tensors on a GPU as CPU tensors."""
+    """Pickle, functions and classes of a notebook by value, tensors on a GPU as CPU tensors.
+
+    Of a view only what it shows is sent: two views of one tensor arrive as two tensors.
+    """
     buffer = io.BytesIO()
     _Pickler(buffer).dump(value)
     return buffer.getvalue()
@@ -120,8 +123,11 @@ def dumps(value: Any) -> bytes:
 
 class _Pickler(cloudpickle.Pickler):  # type: ignore[misc]
     def reducer_override(self, obj: Any) -> Any:
-        if isinstance(obj, torch.Tensor) and obj.is_cuda and type(obj) is torch.Tensor:
-            return obj.detach().cpu().__reduce_ex__(2)
+        if type(obj) is torch.Tensor:
+            if obj.is_cuda:
+                return obj.detach().cpu().__reduce_ex__(2)
+            if _shows_a_part(obj):
+                return obj.detach().clone().requires_grad_(obj.requires_grad).__reduce_ex__(2)
         # cloudpickle ships the submodules whose names a function mentions, and knows only plain
         # modules; torch.distributed.config, say, is of a subclass.
         if isinstance(obj, ModuleType) and type(obj) is not ModuleType:
@@ -129,6 +135,13 @@ class _Pickler(cloudpickle.Pickler):  # type: ignore[misc]
             if sys.modules.get(name) is obj:
                 return importlib.import_module, (name,)
         return super().reducer_override(obj)
+
+
+def _shows_a_part(tensor: torch.Tensor) -> bool:
+    """Whether the memory that would be pickled is more than the tensor's numbers."""
+    if tensor.layout is not torch.strided or vars(tensor):  # a clone would lose its attributes
+        return False
+    return tensor.untyped_storage().nbytes() > tensor.numel() * tensor.itemsize
 
 
 def _join(epoch: int) -> None:

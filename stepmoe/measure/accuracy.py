@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from stepmoe import mini
-from stepmoe.checks import check_dtype, check_generate, check_model
+from stepmoe.checks import check_dtype, check_generate, check_model, whole_number
 from stepmoe.errors import ConfigError
 from stepmoe.launch import Ranks
 from stepmoe.measure.answering import BATCH_SIZE, Answers, answer_here
@@ -105,8 +105,7 @@ def check_setting(
         )
     check_model(config, parallel, dtype)
     check_generate(config, task.prompts, task.max_new_tokens)
-    if isinstance(batch_size, bool) or not isinstance(batch_size, int) or batch_size < 1:
-        raise ConfigError(f"batch_size={batch_size!r}: give a whole number of at least 1")
+    whole_number("batch_size", batch_size)
     return named_layers(variants)
 
 

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
-from stepmoe.checks import check_dtype
+from stepmoe.checks import check_dtype, whole_number
 from stepmoe.comm.summation import check_order, summation
 from stepmoe.errors import ConfigError
 from stepmoe.launch import Ranks, progress, rank_device
@@ -48,11 +48,11 @@ def batch_invariance(
         input_ids: (sequences, length) int64.
         batch_sizes: how many of them are computed together; the last batch may be smaller.
     """
-    sizes = list(batch_sizes)
+    sizes = [whole_number("a batch size", size) for size in batch_sizes]
     kind = check_dtype(config_of(source).torch_dtype if dtype is None else dtype)
     parallel = checked_layout(source, input_ids, parallel, ranks, [kind])
-    if not sizes or any(isinstance(n, bool) or not isinstance(n, int) or n < 1 for n in sizes):
-        raise ConfigError(f"batch_sizes={sizes}: give whole numbers of at least 1")
+    if not sizes:
+        raise ConfigError("batch_sizes is empty: give at least one")
     check_order(order)
     (layer,) = named_layers([variant]).values()
     found = run_everywhere(

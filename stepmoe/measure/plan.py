@@ -9,7 +9,7 @@ from typing import Literal, get_args
 
 import torch
 
-from stepmoe.checks import check_alignment
+from stepmoe.checks import check_alignment, whole_number
 from stepmoe.config import Step3p5Config
 from stepmoe.errors import ConfigError
 from stepmoe.parallel import ParallelConfig
@@ -83,11 +83,9 @@ class Plan:
         dtype = dtype or getattr(torch, config.torch_dtype)
         parallel.check(config)
         check_alignment(config, parallel, dtype)
-        for name, value, least in (("repeats", repeats, FEWEST_ROUNDS), ("warmup", warmup, 1)):
-            if not _is_whole(value) or value < least:
-                raise ConfigError(f"{name}={value!r}: give a whole number, at least {least}")
-        if not _is_whole(seed):
-            raise ConfigError(f"seed={seed!r}: give a whole number")
+        repeats = whole_number("repeats", repeats, FEWEST_ROUNDS)
+        warmup = whole_number("warmup", warmup)
+        seed = whole_number("seed", seed, least=0)
         cases = tuple(
             Case.of(phase, count, parallel)
             for phase in _phases(phases)
@@ -100,10 +98,6 @@ class Plan:
         names = list(self.variants)
         first = turn % len(names)
         return names[first:] + names[:first]
-
-
-def _is_whole(value: object) -> bool:
-    return isinstance(value, int) and not isinstance(value, bool)
 
 
 def named_layers(
@@ -127,11 +121,9 @@ def _phases(given: Sequence[str]) -> list[Phase]:
 
 
 def _tokens(given: Iterable[int], config: Step3p5Config, phases: Sequence[str]) -> list[int]:
-    if isinstance(given, int) or not (tokens := list(given)):
+    if not isinstance(given, Iterable) or not (tokens := list(given)):
         raise ConfigError(f"tokens={given!r}: give a list of token counts, [1, 64, 1024]")
-    for count in tokens:
-        if not _is_whole(count) or count < 1:
-            raise ConfigError(f"tokens: {count!r} is not a whole number of at least 1")
+    tokens = [whole_number("a token count", count) for count in tokens]
     longest = config.max_position_embeddings
     if "prefill" in phases and max(tokens) > longest:
         raise ConfigError(

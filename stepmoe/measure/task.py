@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING
 
 from torch import Tensor
 
+from stepmoe.checks import whole_number
 from stepmoe.errors import ConfigError
 from stepmoe.measure.stats import Interval, wilson
 
@@ -128,8 +129,8 @@ def word_problems(count: int | None = None, questions: Sequence[Question] | None
     from stepmoe.mini import few_shot, task, tokenizer
 
     every = task.heldout() if questions is None else questions
-    count = len(every) if count is None else count
-    if isinstance(count, bool) or not isinstance(count, int) or not 1 <= count <= len(every):
+    count = len(every) if count is None else whole_number("count", count)
+    if count > len(every):
         raise ConfigError(f"{count!r} questions: give 1 to {len(every)}")
 
     def read(tokens: list[int]) -> int | None:

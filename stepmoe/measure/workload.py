@@ -8,7 +8,7 @@ from typing import Literal, get_args
 
 import torch
 
-from stepmoe.checks import check_alignment
+from stepmoe.checks import check_alignment, whole_number
 from stepmoe.config import Step3p5Config
 from stepmoe.errors import ConfigError
 from stepmoe.measure.source import Source, config_of
@@ -52,10 +52,18 @@ class Workload:
     decode_steps: int = 20
 
     def __post_init__(self) -> None:
-        for name in ("input_len", "output_len", "prompts", "chunk", "warmup", "decode_steps"):
-            _expect_count(name, getattr(self, name))
-        for size in (*self.decode, self.context):
-            _expect_count("decode and context", size)
+        for name in (
+            "input_len",
+            "output_len",
+            "prompts",
+            "chunk",
+            "warmup",
+            "context",
+            "decode_steps",
+        ):
+            object.__setattr__(self, name, whole_number(name, getattr(self, name)))
+        batches = tuple(whole_number("a batch size of decode", size) for size in self.decode)
+        object.__setattr__(self, "decode", batches)
 
     @property
     def batches(self) -> list[Batch]:
@@ -130,8 +138,3 @@ class ThroughputPlan:
         names = list(self.variants)
         first = turn % len(names)
         return names[first:] + names[:first]
-
-
-def _expect_count(name: str, value: object) -> None:
-    if not isinstance(value, int) or isinstance(value, bool) or value < 1:
-        raise ConfigError(f"{name} must be a whole number of at least 1, got {value!r}")

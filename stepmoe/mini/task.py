@@ -22,6 +22,7 @@ from itertools import product
 from random import Random
 from typing import Literal
 
+from stepmoe.checks import whole_number
 from stepmoe.errors import ConfigError
 from stepmoe.mini.scenes import BOYS, GIRLS, SCENES, Scene
 
@@ -91,8 +92,7 @@ def questions(split: Split, count: int, seed: int = 0) -> list[Question]:
     Raises:
         ConfigError: another split, or a count below 1.
     """
-    if not isinstance(count, int) or isinstance(count, bool) or count < 1:
-        raise ConfigError(f"count must be a whole number of at least 1, got {count!r}")
+    count = whole_number("count", count)
     found: dict[str, Question] = {}
     for question in stream(split, seed):
         found.setdefault(question.text, question)

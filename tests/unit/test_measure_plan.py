@@ -55,7 +55,7 @@ def test_cases():
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
-        ({"tokens": [0]}, "tokens: 0"),
+        ({"tokens": [0]}, "token count must be .* got 0"),
         ({"tokens": []}, "tokens="),
         ({"tokens": 64}, "tokens=64"),
         ({"tokens": [2049]}, "2049 exceeds max_position_embeddings = 2048"),
@@ -65,9 +65,9 @@ def test_cases():
         ({"variants": "fused"}, "give a list"),
         ({"variants": []}, "variants is empty"),
         ({"variants": ["fused", "fused"]}, "same name"),
-        ({"repeats": 5}, "repeats=5: .* at least 6"),
-        ({"warmup": 0}, "warmup=0"),
-        ({"seed": 0.5}, "seed=0.5"),
+        ({"repeats": 5}, "repeats must be .* at least 6, got 5"),
+        ({"warmup": 0}, "warmup must be .* got 0"),
+        ({"seed": 0.5}, "seed must be .* got 0.5"),
         ({"parallel": sm.ParallelConfig(3)}, "tp=3"),
     ],
 )

@@ -1,5 +1,6 @@
 """Who holds what: the slices of all ranks make up every tensor, and bad layouts are named."""
 
+import numpy as np
 import pytest
 import torch
 from hypothesis import given, settings
@@ -88,15 +89,25 @@ def test_key_value_heads_are_replicated_when_there_are_fewer_than_ranks():
     ("arguments", "message"),
     [
         ({"tp": 4, "ep": 3}, "ep=3 does not divide tp=4"),
-        ({"tp": 0}, "tp must be a positive whole number, got 0"),
+        ({"tp": 0}, "tp must be a whole number of at least 1, got 0"),
         ({"tp": 2.0}, "got 2.0"),
-        ({"tp": 2, "ep": -1}, "ep must be a positive whole number, got -1"),
+        ({"tp": 2, "ep": -1}, "ep must be a whole number of at least 1, got -1"),
         ({"attention": "data"}, "got 'data'"),
     ],
 )
 def test_impossible_layouts(arguments, message):
     with pytest.raises(sm.ConfigError, match=message):
         sm.ParallelConfig(**arguments)
+
+
+def test_any_kind_of_integer_is_a_whole_number():
+    """np.int64(2) was refused, and what it compares equal to accepted."""
+    parallel = sm.ParallelConfig(tp=np.int64(4), ep=np.uint8(2), simulate_rank=torch.tensor(3))
+    assert parallel == sm.ParallelConfig(4, 2, simulate_rank=3)
+    assert {type(n) for n in (parallel.tp, parallel.ep, parallel.simulate_rank)} == {int}
+    for other in (True, np.bool_(True), np.float64(2), "2", None, np.array([2, 2])):
+        with pytest.raises(sm.ConfigError, match="tp must be a whole number"):
+            sm.ParallelConfig(tp=other)
 
 
 @pytest.mark.parametrize(
