@@ -162,7 +162,7 @@ class Communicator:
             dtype=wire.dtype,
             bytes=wire.numel() * wire.element_size(),
             tensor=done.name,
-            placement=type(done.placement).__name__,
+            placement=done.placement.value,
             implementation=choice.implementation,
             reason=choice.reason,
         )

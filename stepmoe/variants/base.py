@@ -188,7 +188,7 @@ class DecoderLayer(nn.Module):
         with record(entry, self.input_layernorm.weight.device):
             result = compute()
             result.name, result.layer = name, self.index
-            entry.placement = type(result.placement).__name__
+            entry.placement = result.placement.value
         return result
 
     def _capture(self, step: Step, name: str, value: Placed) -> None:

@@ -4,6 +4,7 @@ import ast
 import os
 import re
 import subprocess
+import sys
 import tomllib
 from pathlib import Path
 
@@ -55,6 +56,17 @@ def make(*arguments: str, **environment: str) -> subprocess.CompletedProcess[str
 
 def test_library_alone_needs_three_packages() -> None:
     assert set(requirements()) == {"torch", "numpy", "safetensors"}
+
+
+def test_what_a_rank_imports_is_torch_and_little_else() -> None:
+    """Every rank pays for it at its start: sympy alone, by way of DTensor, costs 0.7 s of CPU."""
+    heavy = ("sympy", "triton", "pandas", "matplotlib", "scipy", "torch._dynamo")
+    script = (
+        "import sys, stepmoe.launch.worker, stepmoe.lesson, stepmoe.faults\n"
+        f"print([name for name in {heavy} if name in sys.modules])"
+    )
+    command = [sys.executable, "-c", script]
+    assert subprocess.check_output(command, cwd=REPO, text=True, timeout=60) == "[]\n"
 
 
 def test_conda_environment_has_the_same_packages_and_bounds() -> None:
