@@ -22,6 +22,7 @@ from stepmoe.charts.latency import latency, speedup, where_the_time_goes
 from stepmoe.charts.layer_floor import layer_floor
 from stepmoe.charts.layout import layout
 from stepmoe.charts.profiled import profile_timeline
+from stepmoe.charts.scaling import expert_imbalance, scaled_steps, step_at, where_it_pays
 from stepmoe.charts.steps import layer_steps, steps
 from stepmoe.charts.style import COLOURS, HATCHES, MARKERS, style
 from stepmoe.charts.sums import sums
@@ -44,6 +45,7 @@ __all__ = [
     "dataflow",
     "error_by_depth",
     "error_growth",
+    "expert_imbalance",
     "flips",
     "fused_ops",
     "gain_waterfall",
@@ -57,13 +59,16 @@ __all__ = [
     "profile_timeline",
     "questions_needed",
     "roofline",
+    "scaled_steps",
     "signatures",
     "speedup",
+    "step_at",
     "steps",
     "style",
     "sums",
     "timeline",
     "timelines",
     "training",
+    "where_it_pays",
     "where_the_time_goes",
 ]

@@ -154,39 +154,6 @@ def collective_time(
     return start + transfer
 
 
-def hierarchical_time(
-    operation: str,
-    nbytes: float,
-    ranks: int,
-    ranks_per_node: int,
-    link: Link,
-    outer: Link,
-    algorithm: str = "ring",
-) -> float:
-    """Predicted seconds of a collective over nodes: rings within each node, and rings across.
-
-    all_reduce: reduce_scatter within the node, all_reduce of each rank's S/m across nodes, then
-    all_gather within; the other two are its halves. (The 2D-torus all-reduce of Mikami et al.,
-    "Massively Distributed SGD: ImageNet/ResNet-50 Training in a Flash", 2018, on a grid of ranks.)
-
-    Args:
-        ranks: of all nodes; ranks_per_node (m) divides it.
-        link: within a node; outer: between nodes, one rank's share.
-        algorithm: within a node; between nodes it is a ring.
-    """
-    if ranks_per_node < 1 or ranks % ranks_per_node:
-        raise ConfigError(
-            f"{ranks} ranks do not fill nodes of {ranks_per_node}: the ranks per node must divide "
-            "the ranks"
-        )
-    across = collective_time(operation, nbytes / ranks_per_node, ranks // ranks_per_node, outer)
-    if operation != "all_reduce":
-        return collective_time(operation, nbytes, ranks_per_node, link, algorithm) + across
-    halves = ("reduce_scatter", "all_gather")
-    within = [collective_time(half, nbytes, ranks_per_node, link, algorithm) for half in halves]
-    return across + sum(within)
-
-
 def fit(
     sizes: Sequence[float],
     seconds: Sequence[float],

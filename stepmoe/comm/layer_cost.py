@@ -14,6 +14,7 @@ from dataclasses import dataclass, field
 
 from stepmoe.comm.cost import LINKS, Link, collective_time, terms
 from stepmoe.comm.fusion import GATES, Gate
+from stepmoe.comm.nodes import Nodes, time_over_nodes
 from stepmoe.errors import ConfigError
 
 # Copy on an H100 80GB HBM3, bytes read plus bytes written: measured for this project, torch 2.11.
@@ -134,6 +135,9 @@ class Machine:
         gate: above it the fused operation runs as its three parts; None for no limit.
         memory_bandwidth: bytes a second, read plus written.
         launch: seconds for each kernel.
+        nodes: None if all ranks are on one. Over several, the fused operation runs as its parts:
+            its kernels read the peers' memory over NVLink, and sglang turns it on for one node only
+            (`nnodes == 1` in its server_args.py).
     """
 
     link: Link = LINKS["nvlink4"]
@@ -142,6 +146,7 @@ class Machine:
     gate: Gate | None = field(default_factory=lambda: GATES["sglang"])
     memory_bandwidth: float = MEMORY_BANDWIDTH
     launch: float = LAUNCH
+    nodes: Nodes | None = None
 
     def __post_init__(self) -> None:
         if not self.memory_bandwidth > 0 or not self.launch >= 0 or not self.fused_algorithms:
@@ -149,6 +154,12 @@ class Machine:
                 f"memory_bandwidth={self.memory_bandwidth} must be above 0, launch={self.launch} "
                 f"at least 0, and fused_algorithms={self.fused_algorithms} not empty"
             )
+
+    def fuses(self, tokens: int, hidden: int, dtype_bytes: int, tp: int) -> bool:
+        """Whether the fused operation is one kernel."""
+        gate = self.gate
+        passes = gate is None or tokens <= gate_tokens(gate, hidden, dtype_bytes)
+        return passes and (self.nodes is None or self.nodes.count(tp) == 1)
 
 
 def layer_time(
@@ -205,21 +216,20 @@ def _local(op: str, site: str, nbytes: float, machine: Machine) -> Part:
 
 def _collective(op: str, site: str, nbytes: float, tp: int, machine: Machine) -> Part:
     """With one rank there is nothing to launch."""
-    seconds = collective_time(op, nbytes, tp, machine.link, machine.algorithm)
-    _, sent = terms(op, nbytes, tp, machine.algorithm)
+    nodes = machine.nodes or Nodes(per_node=tp)
+    seconds, how = time_over_nodes(op, nbytes, tp, machine.link, nodes, machine.algorithm)
+    # Over several nodes a rank sends as much as in one ring through all.
+    _, sent = terms(op, nbytes, tp, machine.algorithm if nodes.count(tp) == 1 else "ring")
     kernels = int(tp > 1)
-    return Part(
-        op, site, nbytes, sent, kernels, seconds + kernels * machine.launch, machine.algorithm
-    )
+    return Part(op, site, nbytes, sent, kernels, seconds + kernels * machine.launch, how)
 
 
 def _fused(
     site: str, tokens: int, hidden: int, dtype_bytes: int, tp: int, machine: Machine
 ) -> Part:
-    """One kernel below the gate; an all_reduce, an add and a norm above it."""
+    """One kernel below the gate and on one node; else an all_reduce, an add and a norm."""
     nbytes = tokens * hidden * dtype_bytes
-    gate = machine.gate
-    if gate is not None and tokens > gate_tokens(gate, hidden, dtype_bytes):
+    if not machine.fuses(tokens, hidden, dtype_bytes, tp):
         plain = _collective("all_reduce", site, nbytes, tp, machine)
         rest = [_local(op, site, nbytes, machine) for op in ("add", "norm")]
         seconds = plain.seconds + sum(part.seconds for part in rest)

@@ -10,6 +10,13 @@ Page Up and Page Down move a slider or a choice, Space or Enter presses a button
 from stepmoe.widgets.crossover import CrossoverExplorer
 from stepmoe.widgets.layout import LayoutExplorer
 from stepmoe.widgets.prediction import PredictionExplorer
+from stepmoe.widgets.scaling import ScalingExplorer
 from stepmoe.widgets.step_through import StepThrough
 
-__all__ = ["CrossoverExplorer", "LayoutExplorer", "PredictionExplorer", "StepThrough"]
+__all__ = [
+    "CrossoverExplorer",
+    "LayoutExplorer",
+    "PredictionExplorer",
+    "ScalingExplorer",
+    "StepThrough",
+]

@@ -22,13 +22,13 @@ from stepmoe.comm.cost import (
     Link,
     collective_time,
     fit,
-    hierarchical_time,
     terms,
 )
 from stepmoe.comm.cost_check import check_on_published
 from stepmoe.comm.fusion import GATES, Gate
 from stepmoe.comm.layer_cost import FUSED, Machine, gate_tokens, layer_time
 from stepmoe.comm.ledger import Entry, Ledger
+from stepmoe.comm.nodes import hierarchical_time
 from stepmoe.comm.sweep import Span, fastest, sweep
 from stepmoe.published import MIB
 

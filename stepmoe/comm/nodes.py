@@ -1,0 +1,103 @@
+"""What a collective costs when ranks stand on several nodes: a fast link inside, another between.
+
+Legend: N ranks, m of them on each node, n = N / m nodes, S bytes of the whole tensor. Every rank
+has its own port to the other nodes, as in NVIDIA's DGX H100 (one 400 Gb/s port a GPU).
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from stepmoe.comm.cost import LINKS, Link, collective_time
+from stepmoe.errors import ConfigError
+
+
+@dataclass(frozen=True)
+class Nodes:
+    """How ranks are spread over nodes.
+
+    Attributes:
+        per_node: ranks on a node; rank 0 and the next ones are on the first.
+        between: link between nodes, one rank's share of it.
+    """
+
+    per_node: int = 8
+    between: Link = LINKS["infiniband"]
+
+    def __post_init__(self) -> None:
+        if self.per_node < 1:
+            raise ConfigError(f"per_node={self.per_node} must be at least 1")
+
+    def count(self, ranks: int) -> int:
+        """Nodes that these ranks fill; 1 if they fit on one.
+
+        Raises:
+            ConfigError: several nodes of which one is not full.
+        """
+        if ranks > self.per_node and ranks % self.per_node:
+            raise ConfigError(
+                f"{ranks} ranks do not fill nodes of {self.per_node}: the ranks per node must "
+                "divide the ranks"
+            )
+        return max(1, ranks // self.per_node)
+
+
+def flat_time(operation: str, nbytes: float, ranks: int, link: Link, outer: Link) -> float:
+    """Predicted seconds of one ring through all ranks, node after node.
+
+    A ring goes as fast as its slowest hop: in every step each rank waits for what its neighbour
+    sends, and one hop of each node leaves it. So all N - 1 steps of a half take what that hop takes
+    (Patarasuk and Yuan, 2009, number the ranks so that a ring crosses no link twice one way).
+    The other ranks' ports to the network stay unused.
+    """
+    step = nbytes / ranks
+    slowest = max((link, outer), key=lambda one: one.latency + step / one.bandwidth)
+    return collective_time(operation, nbytes, ranks, slowest)
+
+
+def hierarchical_time(
+    operation: str,
+    nbytes: float,
+    ranks: int,
+    ranks_per_node: int,
+    link: Link,
+    outer: Link,
+    algorithm: str = "ring",
+) -> float:
+    """Predicted seconds of a collective over nodes: rings within each node, and rings across.
+
+    all_reduce: reduce_scatter within the node, all_reduce of each rank's S/m across nodes, then
+    all_gather within; the other two are its halves. (The 2D-torus all-reduce of Mikami et al.,
+    "Massively Distributed SGD: ImageNet/ResNet-50 Training in a Flash", 2018, on a grid of ranks.)
+    Each rank sends as much as in one ring, but of it only 2 (n - 1)/n S/m leaves the node, over
+    every port alike.
+
+    Args:
+        ranks: of all nodes; ranks_per_node (m) divides it.
+        link: within a node; outer: between nodes, one rank's share.
+        algorithm: within a node; between nodes it is a ring.
+    """
+    if ranks_per_node < 1 or ranks % ranks_per_node:
+        raise ConfigError(
+            f"{ranks} ranks do not fill nodes of {ranks_per_node}: the ranks per node must divide "
+            "the ranks"
+        )
+    across = collective_time(operation, nbytes / ranks_per_node, ranks // ranks_per_node, outer)
+    if operation != "all_reduce":
+        return collective_time(operation, nbytes, ranks_per_node, link, algorithm) + across
+    halves = ("reduce_scatter", "all_gather")
+    within = [collective_time(half, nbytes, ranks_per_node, link, algorithm) for half in halves]
+    return across + sum(within)
+
+
+def time_over_nodes(
+    operation: str, nbytes: float, ranks: int, link: Link, nodes: Nodes, algorithm: str = "ring"
+) -> tuple[float, str]:
+    """Predicted seconds and the name of what runs: `algorithm` on one node, "hierarchical" on
+    several. Where the link between nodes is the slower one, that is never slower than one ring
+    through all: as many bytes in fewer steps, and fewer of them over the slow link."""
+    if nodes.count(ranks) == 1:
+        return collective_time(operation, nbytes, ranks, link, algorithm), algorithm
+    within, outer = nodes.per_node, nodes.between
+    seconds = hierarchical_time(operation, nbytes, ranks, within, link, outer, algorithm)
+    return seconds, "hierarchical"
