@@ -225,7 +225,9 @@ class Step3p5Config:
         try:
             published = json.loads(file.read_text(encoding="utf-8"))
         except (json.JSONDecodeError, UnicodeDecodeError) as error:
-            raise ConfigError(f"{file} is not valid JSON: {error}") from error
+            raise ConfigError(
+                f"{file} is not valid JSON ({error}): give a checkpoint folder or its config.json"
+            ) from error
         return cls.from_dict(published)
 
     @classmethod

@@ -16,18 +16,22 @@ _LAYER = re.compile(r"model\.layers\.(\d+)\.")
 
 
 def locate(path: str | Path, layers: Sequence[int] | None = None) -> Path:
-    """A checkpoint's folder: `path` itself if it exists, or what the hub has under that name.
+    """A checkpoint's folder: `path` itself if it is one, or what the hub has under that name.
 
     Nothing is asked of the network for files that are in the hub's cache.
 
     Args:
-        path: a folder, a file, or a name such as "stepfun-ai/Step-3.5-Flash".
+        path: a folder, or a name such as "stepfun-ai/Step-3.5-Flash".
         layers: only the files that hold these decoder layers are fetched; None means all.
 
     Raises:
-        CheckpointError: a hub name, and huggingface_hub is not installed, the network is not there,
-            or the hub has no such model.
+        CheckpointError: a file; or a hub name, and huggingface_hub is not installed, the network is
+            not there, or the hub has no such model.
     """
+    if Path(path).is_file():
+        raise CheckpointError(
+            f"{path} is a file: give the folder that holds config.json and the safetensors files"
+        )
     if Path(path).exists() or not _NAME.fullmatch(str(path)):
         return Path(path)
     get = _downloader(str(path))

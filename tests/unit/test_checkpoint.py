@@ -159,3 +159,12 @@ def test_a_missing_shard_and_a_lying_index_are_named(folder):
 def test_an_empty_folder(tmp_path):
     with pytest.raises(sm.CheckpointError, match="holds neither"):
         Checkpoint(tmp_path)
+
+
+@pytest.mark.parametrize("name", ["model.safetensors", "config.json"])
+def test_a_single_file_is_no_checkpoint(folder, name):
+    """Of the weights it said that they were no JSON, of the config that it held no weights."""
+    with pytest.raises(
+        sm.CheckpointError, match=f"{name} is a file: give the folder .*config.json"
+    ):
+        sm.Step3p5ForCausalLM.from_pretrained(folder / name)
