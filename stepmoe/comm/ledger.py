@@ -103,11 +103,6 @@ _splits = False
 _untimed: Ledger | None = None
 
 
-def is_recording() -> bool:
-    """Whether any ledger is open in this process."""
-    return bool(_open)
-
-
 def note(text: str) -> None:
     """Write a remark to every open ledger, once each: what ran instead, and why."""
     for ledger in _open if _untimed is None else [_untimed]:

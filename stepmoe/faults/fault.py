@@ -39,7 +39,6 @@ class Fault:
         thread: where it happened, and what was said of it there.
         where: the settings it can occur in, in words; `applies` decides.
         signature: what it does to the values.
-        one_rank: what a test on one rank sees of it.
         guard: the one that stops it, or finds it out, with all guards on.
         caught_by: those that find it wherever it applies; which others do depends on the setting.
         shown_in: variant and layout in which its signature is plainest.
@@ -51,7 +50,6 @@ class Fault:
     thread: str
     where: str
     signature: str
-    one_rank: str
     guard: str
     caught_by: frozenset[str]
     shown_in: tuple[str, ParallelConfig]

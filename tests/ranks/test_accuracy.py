@@ -15,7 +15,7 @@ import stepmoe as sm
 from stepmoe import mini
 from stepmoe.checkpoint_writer import save_pretrained
 from stepmoe.launch import rank_device
-from stepmoe.measure.answering import answer, where_time_goes
+from stepmoe.measure.answering import answer
 from stepmoe.measure.source import load
 from stepmoe.measure.task import Task
 from stepmoe.parallel import tensor_layouts
@@ -97,15 +97,6 @@ def test_compare_accuracy_scores_what_the_oracle_answers(ranks4, asked):
     assert frame.attrs["hardware"]["ranks"] == 4
     first, second = frame.to_dict("records")
     assert sm.measure.paired(first, second).flips == 0
-
-
-def test_time_is_split_into_prompts_and_new_tokens(ranks4):
-    ids = torch.arange(24).view(2, 12)
-    parallel = sm.ParallelConfig(4)
-    for spent in ranks4.run(where_time_goes, sm.Step3p5Config.tiny(), "deferred", parallel, ids, 5):
-        assert spent.steps == 4
-        assert 0 < spent.prefill_collectives < spent.prefill
-        assert 0 < spent.decode_collectives < spent.decode
 
 
 def test_the_command_measures_prints_and_keeps(tmp_path):
