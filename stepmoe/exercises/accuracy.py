@@ -6,7 +6,8 @@ from collections.abc import Callable
 from typing import Any
 
 from stepmoe.exercises.exercise import call, exercise, fresh, require
-from stepmoe.measure.stats import POWER, compare_paired, questions_needed_independent
+from stepmoe.measure.power import POWER, questions_needed_independent
+from stepmoe.measure.stats import compare_paired
 
 NOTEBOOK = "07_accuracy"
 

@@ -1,6 +1,6 @@
 """Measure: latency of the variants, accuracy of their answers, numerical error, and how sure it is.
 
-`stats` holds the statistics of accuracy.
+`stats` holds the statistics of accuracy, `power` how many questions they need.
 """
 
 from stepmoe.measure.accuracy import compare_accuracy, outcomes_of, paired

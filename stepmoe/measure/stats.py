@@ -1,10 +1,10 @@
-"""What an accuracy can and cannot say: intervals, tests, and how many questions a test needs.
+"""What an accuracy can and cannot say: intervals and tests. How many questions: see `power`.
 
 Two runs on the same questions are *paired*: what tells them apart are the questions that one got
 right and the other wrong. Two runs on questions of their own, or whose answers were not kept, are
 *independent*: each carries the whole sampling error of its questions.
 
-The formulae are statsmodels' and scipy's; imported late, because only this module needs them.
+The formulae are statsmodels'; imported late, because only this module and `power` need it.
 """
 
 from __future__ import annotations
@@ -18,9 +18,7 @@ import numpy as np
 from stepmoe.errors import ConfigError
 from stepmoe.measure.statistics import CONFIDENCE, NO_DIFFERENCE
 
-POWER = 0.8  # how often a test shall see the difference that it was planned for
-_ALPHA = 1 - CONFIDENCE
-_MOST_QUESTIONS = 10**9
+ALPHA = 1 - CONFIDENCE
 
 
 @dataclass(frozen=True)
@@ -52,7 +50,7 @@ class Comparison:
     @property
     def verdict(self) -> str:
         """ "better", "worse" (the second than the first), or "no difference seen"."""
-        if self.p_value >= _ALPHA:
+        if self.p_value >= ALPHA:
             return NO_DIFFERENCE
         return "better" if self.difference.value > 0 else "worse"
 
@@ -94,7 +92,7 @@ def wilson(right: int, questions: int) -> Interval:
     from statsmodels.stats.proportion import proportion_confint
 
     _check_count(right, questions)
-    low, high = proportion_confint(right, questions, alpha=_ALPHA, method="wilson")
+    low, high = proportion_confint(right, questions, alpha=ALPHA, method="wilson")
     value = right / questions  # at 0 or 1 an end of the interval, but for the last digit
     return Interval(value, min(float(low), value), max(float(high), value))
 
@@ -115,7 +113,7 @@ def compare_independent(
     all_alike = sum(counts) in (0, sum(sizes))  # no variance: the test would divide by it
     p_value = 1.0 if all_alike else float(proportions_ztest(counts, sizes)[1])
     low, high = confint_proportions_2indep(
-        counts[0], sizes[0], counts[1], sizes[1], method="newcomb", alpha=_ALPHA
+        counts[0], sizes[0], counts[1], sizes[1], method="newcomb", alpha=ALPHA
     )
     difference = counts[0] / sizes[0] - counts[1] / sizes[1]
     interval = Interval(difference, float(low), float(high))
@@ -159,7 +157,7 @@ def paired_from_counts(both: int, only_first: int, only_second: int, neither: in
     if flips:
         table = [[both, only_first], [only_second, neither]]
         p_value = float(mcnemar(table, exact=True).pvalue)
-        low, high = proportion_confint(only_second, flips, alpha=_ALPHA, method="beta")
+        low, high = proportion_confint(only_second, flips, alpha=ALPHA, method="beta")
     difference = Interval(
         (only_second - only_first) / questions,
         float(2 * low - 1) * flips / questions,
@@ -184,105 +182,6 @@ def counts_that_round_to(accuracy: float, questions: int, digits: int = 3) -> li
     return found
 
 
-def power_independent(first: float, second: float, questions: int) -> float:
-    """How often two runs of `questions` each, with these true accuracies, are told apart."""
-    from statsmodels.stats.proportion import power_proportions_2indep
-
-    _check_rates(first, second)
-    return float(power_proportions_2indep(second - first, first, questions, alpha=_ALPHA).power)
-
-
-def questions_needed_independent(first: float, second: float, power: float = POWER) -> int:
-    """Questions each of two independent runs needs to see a true difference.
-
-    Args:
-        first, second: the true accuracies.
-        power: how often the test shall see it.
-
-    Raises:
-        ConfigError: accuracies that are equal or outside 0 to 1.
-    """
-    from statsmodels.stats.proportion import samplesize_proportions_2indep_onetail
-
-    _check_rates(first, second)
-    number = samplesize_proportions_2indep_onetail(
-        second - first, first, power, alpha=_ALPHA, alternative="two-sided"
-    )
-    return int(np.ceil(number))
-
-
-def power_paired(only_first: float, only_second: float, questions: int) -> float:
-    """How often McNemar's exact test tells two models apart, exactly.
-
-    Args:
-        only_first, only_second: the true rates of flips, as fractions of all questions.
-
-    Raises:
-        ConfigError: rates that no two models can have.
-    """
-    from scipy import stats
-
-    _check_flip_rates(only_first, only_second)
-    flip_rate = only_first + only_second
-    # Numbers of flips that never occur are left out: five standard deviations and some.
-    mean, reach = questions * flip_rate, 5 * (questions * flip_rate) ** 0.5 + 30
-    flips = np.arange(max(0, int(mean - reach)), min(questions, int(mean + reach)) + 1)
-    # The largest k for which 2 P(at most k of the flips are the second's) is below alpha.
-    critical = stats.binom.ppf(_ALPHA / 2, flips, 0.5)
-    critical = np.where(stats.binom.cdf(critical, flips, 0.5) > _ALPHA / 2, critical - 1, critical)
-    share = only_second / flip_rate
-    seen = stats.binom.cdf(critical, flips, share)
-    seen = seen + stats.binom.sf(flips - critical - 1, flips, share)
-    seen = np.where(critical < 0, 0.0, seen)
-    return float(np.sum(stats.binom.pmf(flips, questions, flip_rate) * seen))
-
-
-def questions_needed_paired(only_first: float, only_second: float, power: float = POWER) -> int:
-    """Questions that two runs over the same questions need to see a true difference.
-
-    The exact power moves up and down by a hair from one number of questions to the next, where
-    whole flips are counted; what is returned reaches it, and one question less does not.
-
-    Args:
-        only_first, only_second: the true rates of flips; their difference is what shall be seen.
-
-    Raises:
-        ConfigError: equal rates, or rates that no two models can have.
-    """
-    _check_flip_rates(only_first, only_second)
-    if only_first == only_second:
-        raise ConfigError(f"flip rates {only_first} and {only_second}: no difference to be seen")
-    low, high = 1, 2
-    while power_paired(only_first, only_second, high) < power:
-        low, high = high, 2 * high
-        if high > _MOST_QUESTIONS:
-            raise ConfigError(
-                f"flip rates {only_first} and {only_second} need over {_MOST_QUESTIONS:,} questions"
-            )
-    while high - low > 1:
-        middle = (low + high) // 2
-        if power_paired(only_first, only_second, middle) < power:
-            low = middle
-        else:
-            high = middle
-    return high
-
-
 def _check_count(right: Any, questions: Any) -> None:
     if questions < 1 or not 0 <= right <= questions:
         raise ConfigError(f"{right} right of {questions} questions: give 0 to all of at least one")
-
-
-def _check_rates(first: float, second: float) -> None:
-    if first == second or not (0 < first < 1 and 0 < second < 1):
-        raise ConfigError(
-            f"accuracies {first} and {second}: give two different ones between 0 and 1"
-        )
-
-
-def _check_flip_rates(only_first: float, only_second: float) -> None:
-    if min(only_first, only_second) < 0 or not 0 < only_first + only_second <= 1:
-        raise ConfigError(
-            f"flip rates {only_first} and {only_second}: give two of at least 0, not both 0, "
-            "that add up to at most 1"
-        )

@@ -8,7 +8,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 import stepmoe as sm
-from stepmoe.measure import stats
+from stepmoe.measure import power, stats
 from stepmoe.measure.statistics import NO_DIFFERENCE
 
 Z = 1.959963984540054  # the normal distribution's 97.5 % point
@@ -118,9 +118,9 @@ def test_questions_for_independent_runs():
     root = Z * math.sqrt(2 * pooled * (1 - pooled))
     root += Z_POWER * math.sqrt(first * (1 - first) + second * (1 - second))
     expected = (root / (second - first)) ** 2
-    needed = stats.questions_needed_independent(first, second)
+    needed = power.questions_needed_independent(first, second)
     assert needed == pytest.approx(expected, rel=1e-3)  # statsmodels pools a little differently
-    assert stats.power_independent(first, second, needed) == pytest.approx(0.8, abs=1e-3)
+    assert power.power_independent(first, second, needed) == pytest.approx(0.8, abs=1e-3)
 
 
 @pytest.mark.parametrize(("only_first", "only_second"), [(0.02, 0.1), (0.0, 0.3), (0.4, 0.2)])
@@ -134,19 +134,19 @@ def test_power_of_the_paired_test_counts_every_case(only_first, only_second):
             tail = 2 * sum(math.comb(a + b, k) for k in range(min(a, b) + 1)) / 2 ** (a + b)
             total += chance if tail < 0.05 else 0.0
     # 1e-6: cases beyond five standard deviations are left out.
-    assert stats.power_paired(only_first, only_second, questions) == pytest.approx(total, abs=1e-6)
+    assert power.power_paired(only_first, only_second, questions) == pytest.approx(total, abs=1e-6)
 
 
 def test_questions_for_paired_runs():
-    needed = stats.questions_needed_paired(0.008, 0.012)
-    assert stats.power_paired(0.008, 0.012, needed) >= 0.8
-    assert stats.power_paired(0.008, 0.012, needed - 1) < 0.8
+    needed = power.questions_needed_paired(0.008, 0.012)
+    assert power.power_paired(0.008, 0.012, needed) >= 0.8
+    assert power.power_paired(0.008, 0.012, needed - 1) < 0.8
     # Miettinen's approximation for paired proportions, which neglects that flips are whole.
     rough = ((Z * math.sqrt(0.02) + Z_POWER * math.sqrt(0.02 - 0.004**2)) / 0.004) ** 2
     assert needed == pytest.approx(rough, rel=0.1)
     # Fewer flips, fewer questions; and either way round.
-    assert stats.questions_needed_paired(0.001, 0.005) < needed
-    assert stats.questions_needed_paired(0.012, 0.008) == needed
+    assert power.questions_needed_paired(0.001, 0.005) < needed
+    assert power.questions_needed_paired(0.012, 0.008) == needed
 
 
 @pytest.mark.parametrize(
@@ -159,11 +159,11 @@ def test_questions_for_paired_runs():
         (lambda: stats.compare_paired([], []), "got 0 and 0 outcomes"),
         (lambda: stats.paired_from_counts(1, -1, 0, 2), "cannot be 1, -1, 0, 2"),
         (lambda: stats.counts_that_round_to(0.5, 3), "no number of 3 questions is 0.5"),
-        (lambda: stats.questions_needed_independent(0.8, 0.8), "0.8 and 0.8: give two different"),
-        (lambda: stats.power_independent(0.8, 1.2, 10), "0.8 and 1.2"),
-        (lambda: stats.questions_needed_paired(0.1, 0.1), "no difference to be seen"),
-        (lambda: stats.questions_needed_paired(0.7, 0.6), "add up to at most 1"),
-        (lambda: stats.questions_needed_paired(1e-7, 1.1e-7), "need over 1,000,000,000"),
+        (lambda: power.questions_needed_independent(0.8, 0.8), "0.8 and 0.8: give two different"),
+        (lambda: power.power_independent(0.8, 1.2, 10), "0.8 and 1.2"),
+        (lambda: power.questions_needed_paired(0.1, 0.1), "no difference to be seen"),
+        (lambda: power.questions_needed_paired(0.7, 0.6), "add up to at most 1"),
+        (lambda: power.questions_needed_paired(1e-7, 1.1e-7), "need over 1,000,000,000"),
     ],
 )
 def test_what_cannot_be_is_refused(call, message):
