@@ -6,10 +6,21 @@ from collections.abc import Sequence
 
 import stepmoe
 from stepmoe import accuracy, bench, bench_fusion, doctor, layer_floor, prefill
+from stepmoe.multi_gpu import command as multi_gpu
+from stepmoe.multi_gpu import recovery
 
 # Each module has `register(subparsers)`, which adds its parser and sets `run` on it: a function
 # from the parsed arguments to the exit status.
-COMMANDS = (doctor, bench, bench_fusion, prefill, layer_floor, accuracy)
+COMMANDS = (
+    doctor,
+    bench,
+    bench_fusion,
+    prefill,
+    layer_floor,
+    accuracy,
+    recovery,
+    multi_gpu,
+)
 
 
 def main(argv: Sequence[str] | None = None) -> int:

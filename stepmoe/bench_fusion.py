@@ -12,8 +12,10 @@ from typing import Any
 import torch
 import torch.distributed as dist
 
+from stepmoe.command import check_writable
 from stepmoe.errors import ConfigError
 from stepmoe.launch import init_distributed
+from stepmoe.launch.rank import DEVICES
 
 _DTYPES = ("bfloat16", "float16")
 
@@ -23,8 +25,8 @@ def register(subparsers: argparse._SubParsersAction[argparse.ArgumentParser]) ->
     parser = subparsers.add_parser(
         "bench-fusion",
         help="measure all-reduce + add + norm, fused and not, on ranks with a GPU each",
-        description="Measure all-reduce + add + norm in every implementation, under torchrun with "
-        "one rank a GPU.",
+        description="Measure all-reduce + add + norm in every implementation, and the collectives "
+        "alone, under torchrun with one rank a GPU.",
     )
     add = parser.add_argument
     sizes = [1, 8, 32, 64, 128, 256, 512, 1024, 2048, 4096, 8192, 16384]
@@ -32,6 +34,9 @@ def register(subparsers: argparse._SubParsersAction[argparse.ArgumentParser]) ->
     add("--hidden", type=int, default=4096, metavar="D", help="hidden size (default: 4096)")
     add("--dtype", default=_DTYPES[0], choices=_DTYPES)
     add("--rounds", type=int, default=30, help="timed rounds (default: 30)")
+    add("--device", default="cuda", choices=DEVICES)
+    shows = "only show that it works, on ranks that share a GPU or have none; times mean nothing"
+    add("--rehearse", action="store_true", help=shows)
     add("--json", type=Path, metavar="FILE", help="keep it, for notebook 04")
     parser.set_defaults(run=_run)
 
@@ -43,9 +48,11 @@ def _run(args: argparse.Namespace) -> int:
 
     try:
         _check(args)
-        device = init_distributed("cuda")
+        device = init_distributed(args.device)
         dtype = getattr(torch, args.dtype)
-        timings = time_fused_ops(args.tokens, args.hidden, dtype, args.rounds)
+        timings = time_fused_ops(
+            args.tokens, args.hidden, dtype, args.rounds, rehearsal=args.rehearse
+        )
     except ConfigError as error:
         if os.environ.get("RANK", "0") == "0":
             print(f"python -m stepmoe bench-fusion: {error}", file=sys.stderr)
@@ -56,7 +63,9 @@ def _run(args: argparse.Namespace) -> int:
         print(table(timings))
         if args.json:
             command = _command(args, len(places))
-            content = with_provenance(timings, places, args.hidden, dtype, command)
+            content = with_provenance(
+                timings, places, args.hidden, dtype, command, rehearsal=args.rehearse
+            )
             args.json.write_text(json.dumps(content, indent=1) + "\n")
     dist.destroy_process_group()
     return 0
@@ -68,11 +77,11 @@ def _check(args: argparse.Namespace) -> None:
             f"--tokens {args.tokens}, --hidden {args.hidden}, --rounds {args.rounds}: "
             "give positive numbers, and at least 6 rounds"
         )
-    if args.json and not (args.json.parent.is_dir() and os.access(args.json.parent, os.W_OK)):
-        raise ConfigError(f"{args.json}: cannot write into {args.json.parent}; give another folder")
+    check_writable(args.json)
 
 
 def _command(args: argparse.Namespace, ranks: int) -> str:
     words = f"torchrun --nproc-per-node {ranks} -m stepmoe bench-fusion --tokens"
     tokens = " ".join(map(str, args.tokens))
-    return f"{words} {tokens} --hidden {args.hidden} --dtype {args.dtype} --rounds {args.rounds}"
+    words += f" {tokens} --hidden {args.hidden} --dtype {args.dtype} --rounds {args.rounds}"
+    return words + (f" --device {args.device} --rehearse" if args.rehearse else "")

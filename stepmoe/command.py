@@ -90,12 +90,17 @@ def shape_options(args: argparse.Namespace) -> dict[str, list[object]]:
     return options
 
 
+def weight_bytes(config: Step3p5Config, parallel: ParallelConfig, dtype: torch.dtype) -> int:
+    """Of rank 0."""
+    layouts = tensor_layouts(config, parallel, 0).values()
+    return sum(math.prod(layout.local_shape) for layout in layouts) * dtype.itemsize
+
+
 def check_memory(
     config: Step3p5Config, parallel: ParallelConfig, dtype: torch.dtype, device: str
 ) -> None:
     """Raise ConfigError where the weights alone do not fit: the system would kill the ranks."""
-    layouts = tensor_layouts(config, parallel, 0).values()
-    weights = sum(math.prod(layout.local_shape) for layout in layouts) * dtype.itemsize
+    weights = weight_bytes(config, parallel, dtype)
     here = int(os.environ.get("LOCAL_WORLD_SIZE", parallel.processes))
     gpus = torch.cuda.device_count() if device != "cpu" else 0
     if gpus:
@@ -186,13 +191,18 @@ def layout_options(args: argparse.Namespace, arguments: dict[str, Any]) -> dict[
     }
 
 
+def check_writable(file: Path | None) -> None:
+    """Raise ConfigError where a result could not be written."""
+    if file is not None and not (file.parent.is_dir() and os.access(file.parent, os.W_OK)):
+        raise ConfigError(f"{file}: cannot write into {file.parent}; give another folder")
+
+
 def _check(args: argparse.Namespace) -> None:
     check_device(args.device)
     if not args.timeout > 0:
         raise ConfigError(f"--timeout {args.timeout}: give seconds, more than 0")
     for file in (args.json, args.csv):
-        if file is not None and not (file.parent.is_dir() and os.access(file.parent, os.W_OK)):
-            raise ConfigError(f"{file}: cannot write into {file.parent}; give another folder")
+        check_writable(file)
     needed = ("pandas",) if torchrun_ranks() else ("pandas", "ipyparallel", "cloudpickle")
     for package in needed:
         if importlib.util.find_spec(package) is None:

@@ -1,7 +1,16 @@
-"""What every test shares: models of the test process live on the CPU; cuda tests need a GPU."""
+"""What every test shares: models of the test process live on the CPU; cuda tests need a GPU.
 
+`--record FILE` keeps what a run found: `make test-cuda RECORD=notebooks/results/...json`.
+"""
+
+import datetime
+import json
 import os
+import platform
+import shlex
 import shutil
+from collections import Counter
+from pathlib import Path
 
 import pytest
 
@@ -14,9 +23,7 @@ if shutil.which("nvidia-smi") is None:
 
 
 def pytest_addoption(parser: pytest.Parser) -> None:
-    parser.addoption(
-        "--record", metavar="FILE", help="keep outcomes, devices and versions of the cuda tests"
-    )
+    parser.addoption("--record", metavar="FILE", help="keep outcomes, devices and versions")
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
@@ -28,3 +35,44 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     if not torch.cuda.is_available():
         for item in needs_gpu:
             item.add_marker(pytest.mark.skip(reason="needs an NVIDIA GPU"))
+
+
+def pytest_terminal_summary(
+    terminalreporter: pytest.TerminalReporter, config: pytest.Config
+) -> None:
+    """Write outcomes by test file, devices and versions to the file named by --record."""
+    file = config.getoption("record")
+    if file is None:
+        return
+    import torch
+
+    from stepmoe.probe import Probe
+
+    outcomes: dict[str, Counter[str]] = {}
+    for outcome in ("passed", "failed", "error", "skipped"):
+        for report in terminalreporter.getreports(outcome):
+            if outcome != "passed" or report.when == "call":
+                outcomes.setdefault(Path(report.location[0]).name, Counter())[outcome] += 1
+    words = config.invocation_params.args
+    kept = [
+        word
+        for before, word in zip(("", *words), words, strict=False)
+        if "--record" not in (before, word) and not word.startswith("--record=")
+    ]
+    packages = {name: Probe().package(name) for name in ("triton", "flashinfer-python")}
+    content = {
+        "format": "stepmoe tests 1",
+        "command": shlex.join(["pytest", *kept]),
+        "date": datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
+        "gpus": [torch.cuda.get_device_name(i) for i in range(torch.cuda.device_count())],
+        "versions": {
+            "python": platform.python_version(),
+            "torch": torch.__version__,
+            "cuda": torch.version.cuda,
+            **{name: version for name, version in packages.items() if version},
+        },
+        "outcomes": {name: dict(counts) for name, counts in sorted(outcomes.items())},
+        "total": dict(sum(outcomes.values(), Counter())),
+    }
+    Path(file).write_text(json.dumps(content, indent=1) + "\n")
+    terminalreporter.write_line(f"recorded in {file}")

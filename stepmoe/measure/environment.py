@@ -51,7 +51,7 @@ def look_around(device: torch.device) -> Place:
         backend=_backend(device),
         cache_bytes=size,
         cache_source=source,
-        versions=_versions(on_gpu),
+        versions=versions(on_gpu),
     )
 
 
@@ -130,7 +130,8 @@ def _backend(device: torch.device) -> str:
     return {kind: name for kind, name in pairs}[device.type]
 
 
-def _versions(on_gpu: bool) -> dict[str, str]:
+def versions(on_gpu: bool) -> dict[str, str]:
+    """Of what a measurement depends on, by package."""
     probe = Probe()
     found = {
         "stepmoe": stepmoe.__version__,

@@ -1,4 +1,5 @@
-"""How long one all-reduce + add + norm takes in each implementation, on ranks with a GPU each.
+"""How long one all-reduce + add + norm takes in each implementation, on ranks with a GPU each, and
+how long the collectives alone.
 
 Runs inside a rank: `ranks.run(time_fused_ops, [1, 64, 2048])`, or under torchrun through
 `python -m stepmoe bench-fusion`. Each implementation is checked against float64 before it is timed.
@@ -7,33 +8,38 @@ Runs inside a rank: `ranks.run(time_fused_ops, [1, 64, 2048])`, or under torchru
 from __future__ import annotations
 
 import statistics
+import time
 from collections.abc import Callable, Sequence
+from contextlib import nullcontext
 from dataclasses import dataclass
+from functools import partial
 
 import torch
 import torch.distributed as dist
-from torch import Tensor
 
 from stepmoe.comm.communicator import Communicator
 from stepmoe.comm.cost import LINKS
 from stepmoe.comm.fusion import force
 from stepmoe.comm.fusion.vote import find_place
-from stepmoe.comm.groups import RankGroup, build_groups, meet, world_size
+from stepmoe.comm.groups import build_groups, meet, world_size
 from stepmoe.errors import ConfigError
 from stepmoe.launch import rank_device
+from stepmoe.measure.fused_calls import (
+    ALONE,
+    IMPLEMENTATIONS,
+    Call,
+    Inputs,
+    call_of,
+    error_of,
+    make_inputs,
+)
 from stepmoe.parallel import ParallelConfig
 
-IMPLEMENTATIONS = (
-    "unfused",
-    "triton one-shot",
-    "triton two-shot",
-    "flashinfer one-shot",
-    "flashinfer two-shot",
-)
 TIMED_IN = "a CUDA graph of calls one after the other, each on a partial sum of its own"
+REHEARSED_IN = "a rehearsal: calls without a CUDA graph, by ranks that take turns; no measurement"
 # Calls in one graph: enough that launching the graph, some 10 us, adds little to each.
 _CALLS, _CALLS_LARGE, _LARGE = 20, 5, 2048
-_EPS = 1e-5
+_CALLS_REHEARSED = 1
 
 
 @dataclass(frozen=True)
@@ -42,7 +48,8 @@ class Timing:
 
     Attributes:
         microseconds: of one call on the slowest rank, for each round; empty if it did not run.
-        error: relative to float64, the larger of normed values and residual, on the worst rank.
+        error: relative to float64, the larger of normed values and residual, or that of the sum, on
+            the worst rank.
         refusal: why it did not run.
     """
 
@@ -57,22 +64,6 @@ class Timing:
         return statistics.median(self.microseconds)
 
 
-@dataclass
-class _Inputs:
-    """What the calls of one size take; the same on every rank but for `partials`."""
-
-    group: RankGroup
-    every: Tensor
-    partials: list[Tensor]
-    residual: Tensor
-    weight: Tensor
-
-    def fill(self) -> None:
-        """Write this rank's addend into every call's tensor: the unfused sum overwrites it."""
-        for partial in self.partials:
-            partial.copy_(self.every[self.group.index])
-
-
 def wire_floor(tokens: int, hidden_size: int, dtype: torch.dtype, ranks: int) -> float:
     """Microseconds that the fewest bytes of an all-reduce take over NVLink 4 (450 GB/s)."""
     size = tokens * hidden_size * dtype.itemsize
@@ -84,45 +75,61 @@ def time_fused_ops(
     hidden_size: int = 4096,
     dtype: torch.dtype = torch.bfloat16,
     rounds: int = 30,
+    *,
+    rehearsal: bool = False,
 ) -> list[Timing]:
     """Time every implementation at every number of tokens; in a round, one after the other.
 
     All ranks call it together and return the same.
 
+    Args:
+        rehearsal: show that it works where ranks share a GPU or have none, without CUDA graphs and
+            without FlashInfer, whose module takes minutes to compile.
+
     Raises:
-        ConfigError: there is one rank only, or the ranks have no GPU of their own: ranks that share
-            one take turns, and their times would mean nothing.
+        ConfigError: there is one rank only, or, except in a rehearsal, the ranks have no GPU of
+            their own: ranks that share one take turns, and their times would mean nothing.
     """
     group = build_groups(ParallelConfig(world_size()))["tp"]
     place = find_place(group, rank_device()) if group.size > 1 else None
-    if place is None or place.topology != "one GPU a rank":
+    if place is None or (place.topology != "one GPU a rank" and not rehearsal):
         here = f"here: {place.topology}" if place else "here: one rank"
         raise ConfigError(
             f"timing the fused operation needs two ranks or more with one GPU a rank; {here}. "
-            "On a machine with GPUs: torchrun --nproc-per-node (their number)"
+            "On a machine with GPUs: torchrun --nproc-per-node (their number); elsewhere "
+            "--rehearse shows that it works"
         )
     comm = Communicator(group)
     return [
         timing
         for number in tokens
-        for timing in _time_size(comm, number, hidden_size, dtype, rounds)
+        for timing in _time_size(comm, number, hidden_size, dtype, rounds, rehearsal)
     ]
 
 
 def _time_size(
-    comm: Communicator, tokens: int, hidden_size: int, dtype: torch.dtype, rounds: int
+    comm: Communicator,
+    tokens: int,
+    hidden_size: int,
+    dtype: torch.dtype,
+    rounds: int,
+    rehearsal: bool,
 ) -> list[Timing]:
     calls = _CALLS if tokens <= _LARGE else _CALLS_LARGE
-    inputs = _inputs(comm.group, tokens, hidden_size, dtype, calls)
+    calls = _CALLS_REHEARSED if rehearsal else calls
+    inputs = make_inputs(comm.group, tokens, hidden_size, dtype, calls)
     refusals: dict[str, str] = {}
     replays: dict[str, Callable[[], None]] = {}
     errors: dict[str, float] = {}
-    for name in IMPLEMENTATIONS:
+    for name in (*ALONE, *IMPLEMENTATIONS):
         try:
-            with force(name):
+            call = call_of(name, rehearsal)
+            with force(name) if name not in ALONE else nullcontext():
                 inputs.fill()
-                errors[name] = _error(inputs, *_call(comm, inputs, 0))
-                replays[name] = _captured(comm, inputs)
+                errors[name] = error_of(inputs, *call(comm, inputs, 0))
+            replays[name] = partial(_all_calls, name, call, comm, inputs)
+            if not rehearsal:
+                replays[name] = _captured(replays[name])
         except ConfigError as error:  # raised on every rank, or on none
             refusals[name] = str(error)
     times: dict[str, list[float]] = {name: [] for name in replays}
@@ -130,69 +137,43 @@ def _time_size(
         for name, replay in replays.items():
             inputs.fill()
             meet(comm.group, inputs.residual.device)
-            seconds = _time(replay)
+            seconds = _time(replay, inputs.residual.device)
             if number >= 3:  # the first rounds warm up
                 times[name].append(seconds / calls * 1e6)
     return [
         Timing(tokens, name, _slowest(times[name]), max(_slowest([errors[name]])))
         if name in replays
         else Timing(tokens, name, refusal=refusals[name])
-        for name in IMPLEMENTATIONS
+        for name in (*ALONE, *IMPLEMENTATIONS)
     ]
 
 
-def _inputs(
-    group: RankGroup, tokens: int, hidden_size: int, dtype: torch.dtype, calls: int
-) -> _Inputs:
-    device = rank_device()
-    generator = torch.Generator(device).manual_seed(tokens)
-
-    def normal(*shape: int) -> Tensor:
-        return torch.randn(shape, generator=generator, device=device).to(dtype)
-
-    every = normal(group.size, tokens, hidden_size)
-    partials = [torch.empty_like(every[0]) for _ in range(calls)]
-    return _Inputs(group, every, partials, normal(tokens, hidden_size), 0.2 * normal(hidden_size))
+def _all_calls(name: str, call: Call, comm: Communicator, inputs: Inputs) -> None:
+    with force(name) if name not in ALONE else nullcontext():
+        for number in range(len(inputs.partials)):
+            call(comm, inputs, number)
 
 
-def _call(comm: Communicator, inputs: _Inputs, number: int) -> tuple[Tensor, Tensor]:
-    partial = comm.partial(inputs.partials[number], "partial")
-    residual = comm.replicated(inputs.residual, "residual")
-    normed, total = comm.all_reduce_add_rms_norm(partial, residual, inputs.weight, _EPS, "timing")
-    return normed.tensor, total.tensor
-
-
-def _captured(comm: Communicator, inputs: _Inputs) -> Callable[[], None]:
+def _captured(calls: Callable[[], None]) -> Callable[[], None]:
     """All calls of a size as one CUDA graph."""
     graph = torch.cuda.CUDAGraph()
     torch.cuda.synchronize()
     with torch.cuda.graph(graph):
-        for number in range(len(inputs.partials)):
-            _call(comm, inputs, number)
+        calls()
     return graph.replay
 
 
-def _time(replay: Callable[[], None]) -> float:
+def _time(replay: Callable[[], None], device: torch.device) -> float:
+    if device.type == "cpu":
+        start = time.perf_counter()
+        replay()
+        return time.perf_counter() - start
     begin, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
     begin.record()
     replay()
     end.record()
     end.synchronize()
     return begin.elapsed_time(end) / 1e3
-
-
-def _error(inputs: _Inputs, normed: Tensor, total: Tensor) -> float:
-    """Relative to float64; rows in pieces, because float64 takes four times the room."""
-    squares = torch.zeros(2, 2, dtype=torch.float64, device=total.device)
-    for rows in range(0, total.shape[0], 1024):
-        part = slice(rows, rows + 1024)
-        exact = inputs.every[:, part].double().sum(0) + inputs.residual[part].double()
-        scale = torch.rsqrt(exact.square().mean(-1, keepdim=True) + _EPS)
-        exact_normed = exact * scale * (1 + inputs.weight.double())
-        for i, (got, wanted) in enumerate(((total, exact), (normed, exact_normed))):
-            squares[i, 0] += (got[part] - wanted).square().sum()
-            squares[i, 1] += wanted.square().sum()
-    return float((squares[:, 0] / squares[:, 1]).sqrt().max())
 
 
 def _slowest(values: list[float]) -> tuple[float, ...]:

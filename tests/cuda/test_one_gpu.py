@@ -23,8 +23,12 @@ pytestmark = pytest.mark.cuda
 
 @pytest.fixture(scope="module")
 def shared_gpu():
-    with sm.Ranks(4, device="cuda") as ranks:
-        yield ranks
+    """Four ranks that see one GPU, however many there are."""
+    with pytest.MonkeyPatch.context() as patch:
+        visible = os.environ.get("CUDA_VISIBLE_DEVICES", "0")
+        patch.setenv("CUDA_VISIBLE_DEVICES", visible.partition(",")[0])
+        with sm.Ranks(4, device="cuda") as ranks:
+            yield ranks
 
 
 def one_pass(path, variant, parallel, dtype, input_ids):

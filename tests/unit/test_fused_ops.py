@@ -42,6 +42,9 @@ def test_a_file_gives_back_what_was_measured_and_says_that_it_was_recorded(conte
     assert loaded == {**content, "recorded": True}
     first, _, refused, *_ = loaded["rows"]
     assert (first["median_us"], first["p10_us"], first["p90_us"]) == (21.0, 20.0, 24.0)
+    # nccl-tests: 2 (n - 1) / n bytes over the time; one token of 4096 in bfloat16, 21 µs, 2 ranks.
+    assert first["bus_gb_s"] == pytest.approx(2 * 1 / 2 * 8192 / 21e-6 / 1e9, abs=1e-3)
+    assert first["of_nvlink4"] == pytest.approx(first["bus_gb_s"] / 450, abs=1e-5)
     assert "needs more tokens" in refused["refusal"]
     assert "median_us" not in refused
 

@@ -1,0 +1,120 @@
+"""`python -m stepmoe multi-gpu`: the whole comparison on the GPUs of one host."""
+
+from __future__ import annotations
+
+import argparse
+import sys
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+
+from stepmoe.errors import ConfigError
+from stepmoe.multi_gpu.machine import NEEDS, assumed_setting, describe_machine, setting_here
+from stepmoe.multi_gpu.plan import RANKS, Setting, Step, check_places, choose, steps_of
+from stepmoe.multi_gpu.records import Record, check_folder, read_all
+from stepmoe.multi_gpu.report import report
+from stepmoe.multi_gpu.run import Finished, run_steps
+
+_FOLDERS = {"flash": Path("notebooks/results/multi_gpu"), "tiny": Path("build/multi_gpu_rehearsal")}
+
+
+def register(subparsers: argparse._SubParsersAction[argparse.ArgumentParser]) -> None:
+    """Add the `multi-gpu` command."""
+    parser = subparsers.add_parser(
+        "multi-gpu",
+        help="measure everything on 2, 4 or 8 GPUs of one host, step by step, resumable",
+        description="Run the whole comparison, step by step, and keep one JSON file a step; again, "
+        f"it goes on where it stopped. Needs {NEEDS}. On any machine --device cpu --shape tiny "
+        "runs all of it at small sizes, which measures nothing.",
+    )
+    add = parser.add_argument
+    add("--list", "--dry-run", action="store_true", help="show the plan and run nothing")
+    add("--report", action="store_true", help="say what the folder holds and run nothing")
+    add("--only", nargs="+", default=[], metavar="STEP", help="these steps alone")
+    add("--again", nargs="*", metavar="STEP", help="run these again (none named: all that are run)")
+    add("--minutes", type=float, help="start no step that would not end within them")
+    add("--ranks", type=int, choices=RANKS, help="GPUs to use (default: all, up to 8)")
+    add("--device", default="cuda", choices=("cuda", "cpu"))
+    add("--shape", default="flash", choices=("flash", "tiny"), help="tiny: a rehearsal")
+    folders = f"(default: {_FOLDERS['flash']}; of a rehearsal {_FOLDERS['tiny']})"
+    add("--folder", type=Path, help=f"of the results {folders}")
+    of_one = "one rank's recorded compute, to compare with: prefill --simulate-rank 0 --json FILE"
+    add("--compute", type=Path, metavar="FILE", help=f"for --report: {of_one}")
+    parser.set_defaults(run=_run)
+
+
+def _run(args: argparse.Namespace) -> int:
+    try:
+        if args.report:
+            print(report(args.folder or _FOLDERS[args.shape], args.compute))
+            return 0
+        setting, here = _setting(args)
+        folder = args.folder or _FOLDERS[setting.shape]
+        plan = steps_of(setting)
+        wanted = choose(plan, args.only, "--only")
+        again = [step.name for step in choose(wanted, args.again or [], "--again")]
+        again = [] if args.again is None else again
+        known = read_all(folder, plan, setting, again) if here else {}
+        if args.minutes is not None and not args.minutes > 0:
+            raise ConfigError(f"--minutes {args.minutes}: give more than 0")
+        left = [s for s in wanted if s.name not in known or not known[s.name].done]
+        if not args.list:
+            check_places(left)
+            check_folder(folder)
+    except ConfigError as error:
+        print(f"python -m stepmoe multi-gpu: {error}", file=sys.stderr)
+        return 2
+    print(_shown(setting, folder, wanted, known, left, args.minutes))
+    if args.list or not left:
+        return 0
+    try:
+        finished = run_steps(left, folder, setting, describe_machine(setting), args.minutes)
+    except KeyboardInterrupt:
+        print("\nInterrupted: the same command goes on with the step that was running.")
+        return 130
+    return _ended(finished)
+
+
+def _setting(args: argparse.Namespace) -> tuple[Setting, bool]:
+    """What is to be run; and whether that is on this machine, or is only to be shown."""
+    try:
+        return setting_here(args.ranks, args.device, args.shape), True
+    except ConfigError as error:
+        if not args.list:
+            raise
+        assumed = assumed_setting(args.ranks or RANKS[-1])
+        print(f"Nothing can be run here: {error}\nAssuming {assumed.ranks} x {assumed.gpu}.\n")
+        return assumed, False
+
+
+def _shown(
+    setting: Setting,
+    folder: Path,
+    wanted: Sequence[Step],
+    known: Mapping[str, Record],
+    left: Sequence[Step],
+    minutes: float | None,
+) -> str:
+    """The plan, what is left of it, and how long that will take."""
+    where = f"{setting.ranks} x {setting.gpu}" if setting.gpus else "CPU ranks"
+    if setting.shares:
+        where = f"{setting.ranks} ranks that share {setting.gpus or 'the cores'} ({where})"
+    kind = "A rehearsal, whose times mean nothing" if setting.rehearsal else "The published shape"
+    lines = [f"{kind}: {where}; results in {folder}", ""]
+    for step in wanted:
+        record = known.get(step.name)
+        state = "to do" if record is None else record.run["status"]
+        time = f"{step.estimate if record is None else record.run['seconds']:5.0f} s"
+        lines += [f"  {step.name:15} {state:15} {time}   {step.what}", f"{'':19}{step.command}"]
+    seconds = sum(step.estimate for step in left)
+    budget = f", of which at most {minutes:g} now" if minutes is not None else ""
+    lines += ["", f"{len(left)} of {len(wanted)} steps left, about {seconds / 60:.0f} min{budget}."]
+    return "\n".join(lines)
+
+
+def _ended(finished: Finished) -> int:
+    failed = [record.run["step"] for record in finished.records if not record.done]
+    if failed:
+        print(f"Not done: {', '.join(failed)}. Their files say why; the same command tries again.")
+    if finished.left:
+        print(f"No time for: {', '.join(finished.left)}. The same command goes on with them.")
+    return 1 if failed else 0

@@ -1,0 +1,114 @@
+"""What a lost rank costs, without a notebook: `python -m stepmoe recovery`."""
+
+from __future__ import annotations
+
+import argparse
+import json
+import math
+import sys
+from dataclasses import asdict
+from datetime import UTC, datetime
+from pathlib import Path
+from typing import Any
+
+from stepmoe import command
+from stepmoe.comm.fusion import IMPLEMENTATIONS
+from stepmoe.errors import ConfigError
+from stepmoe.launch import Ranks
+from stepmoe.launch.rank import DEVICES, check_device
+from stepmoe.measure.environment import Place, describe
+from stepmoe.measure.recovery import Loss, measure_recovery
+
+FORMAT = "stepmoe recovery 1"
+_RANKS = 2  # the fewest of which one can be lost
+_DEFAULTS = ("unfused", "triton", "flashinfer")
+
+
+def register(subparsers: argparse._SubParsersAction[argparse.ArgumentParser]) -> None:
+    """Add the `recovery` command."""
+    parser = subparsers.add_parser(
+        "recovery",
+        help="measure how the ranks end when one is lost, and when they are usable again",
+        description="Kill a rank in the middle of a fused all-reduce, and let one not come: how "
+        "the others end, and how long until the next call returns the right sum.",
+    )
+    add = parser.add_argument
+    add("--tp", type=int, default=_RANKS, help=f"ranks (default: {_RANKS})")
+    add("--tokens", type=int, default=64)
+    add("--hidden", type=int, default=4096, metavar="D", help="hidden size (default: 4096)")
+    names = f"some of {', '.join(IMPLEMENTATIONS)} (default: {' '.join(_DEFAULTS)})"
+    add("--implementations", nargs="+", default=_DEFAULTS, metavar="NAME", help=names)
+    add("--device", default="auto", choices=DEVICES)
+    add("--json", type=Path, metavar="FILE", help="keep it")
+    parser.set_defaults(run=_run)
+
+
+def _run(args: argparse.Namespace) -> int:
+    try:
+        _check(args)
+        with Ranks(args.tp, device=args.device) as ranks:
+            found = measure_recovery(ranks, args.implementations, args.tokens, args.hidden)
+    except (ConfigError, ImportError) as error:
+        print(f"python -m stepmoe recovery: {error}", file=sys.stderr)
+        return 2
+    except RuntimeError as error:  # RankError and RankTimeout as well
+        print(f"python -m stepmoe recovery: {error}", file=sys.stderr)
+        return 1
+    losses, places = found
+    print(_table(losses))
+    if args.json:
+        content = _with_provenance(losses, places, args)
+        args.json.write_text(json.dumps(content, indent=1, allow_nan=False) + "\n")
+    return 0
+
+
+def _check(args: argparse.Namespace) -> None:
+    check_device(args.device)
+    command.check_writable(args.json)
+    if args.tp < _RANKS or args.tokens < 1 or args.hidden < 1:
+        raise ConfigError(
+            f"--tp {args.tp}, --tokens {args.tokens}, --hidden {args.hidden}: give at least "
+            f"{_RANKS} ranks and positive numbers"
+        )
+    if unknown := set(args.implementations) - set(IMPLEMENTATIONS):
+        raise ConfigError(
+            f"--implementations {', '.join(sorted(unknown))}: use some of "
+            f"{', '.join(map(repr, IMPLEMENTATIONS))}"
+        )
+
+
+def _table(losses: list[Loss]) -> str:
+    lines = ["implementation       a rank was   error after   usable after   what was raised"]
+    for loss in losses:
+        if loss.refusal:
+            lines.append(f"{loss.implementation:20} {loss.how:10}   not tried: {loss.refusal}")
+            continue
+        times = f"{loss.error_seconds:9.2f} s   {loss.usable_seconds:10.2f} s"
+        lines.append(f"{loss.implementation:20} {loss.how:10}   {times}   {loss.ended}")
+    return "\n".join(lines)
+
+
+def _with_provenance(
+    losses: list[Loss], places: list[Place], args: argparse.Namespace
+) -> dict[str, Any]:
+    options: dict[str, list[object]] = {
+        "tp": [args.tp],
+        "tokens": [args.tokens],
+        "hidden": [args.hidden],
+        "implementations": list(args.implementations),
+        "device": [args.device],
+    }
+    return {
+        "format": FORMAT,
+        "date": datetime.now(UTC).isoformat(timespec="seconds"),
+        "command": command.command_line("recovery", options),
+        "hardware": describe(places),
+        "versions": places[0].versions,
+        "rows": [
+            {
+                name: None if isinstance(value, float) and math.isnan(value) else value
+                for name, value in asdict(loss).items()
+            }
+            for loss in losses
+        ],
+    }

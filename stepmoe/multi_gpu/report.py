@@ -1,0 +1,163 @@
+"""What a folder of results says: the headline, and the predictions beside it."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator, Mapping, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from stepmoe.errors import ConfigError
+from stepmoe.measure import load, load_fused_ops
+from stepmoe.measure.report import aligned, throughput_table, verdict
+from stepmoe.multi_gpu.fit import Term, collective_terms, fit_link, step_terms
+from stepmoe.multi_gpu.records import Record, file_of, read
+from stepmoe.predict import AFTER, BEFORE, BEST, Compute, compute_of_run
+
+if TYPE_CHECKING:
+    import pandas as pd
+
+#: Up to so many tokens, and by so much, the fused operation is to beat its parts.
+_FUSED_TOKENS, _FUSED_GAIN = 64, 1.3
+
+
+def report(folder: Path, compute_file: Path | None) -> str:
+    """In words and tables.
+
+    Args:
+        compute_file: one rank's recorded compute, of `prefill --simulate-rank`; None for none.
+
+    Raises:
+        ConfigError: no result, or a file that is none.
+    """
+    names = sorted(file.stem for file in folder.glob("*.json"))
+    records = {name: record for name in names if (record := read(folder, name))}
+    if not records:
+        raise ConfigError(f"--folder {folder}: no results in it; run the command without --report")
+    return "\n\n".join(_parts(folder, records, compute_file))
+
+
+def _parts(folder: Path, records: Mapping[str, Record], compute_file: Path | None) -> Iterator[str]:
+    first = next(iter(records.values()))
+    yield _steps(records)
+    if first.run["rehearsal"]:
+        yield "A rehearsal: its times mean nothing, and nothing is compared with them."
+        return
+    done = {name for name, record in records.items() if record.done}
+    fitted = None
+    if "collectives" in done:
+        collectives = load_fused_ops(file_of(folder, "collectives"))
+        fitted = fit_link(collectives)
+        yield _collectives(collectives)
+        low, high = (edge / 1e9 for edge in fitted.bandwidth)
+        yield (
+            f"Fitted link: latency {fitted.link.latency * 1e6:.2f} µs "
+            f"({fitted.latency[0] * 1e6:.2f} to {fitted.latency[1] * 1e6:.2f}), bandwidth "
+            f"{fitted.link.bandwidth / 1e9:.0f} GB/s ({low:.0f} to {high:.0f})."
+        )
+        yield table(collective_terms(collectives, fitted))
+    if "prefill" in done:
+        frame = load(file_of(folder, "prefill"))
+        yield throughput_table(frame)
+        yield _headline(frame)
+        if fitted is not None and compute_file is not None:
+            compute, remark = recorded_compute(compute_file, frame)
+            yield remark
+            if compute:
+                yield table(step_terms(frame, compute, fitted))
+
+
+def table(terms: Sequence[Term]) -> str:
+    """Predicted, measured, their ratio, and what the fitted link says."""
+    head: tuple[str, ...] = ("", "predicted", "measured", "measured / predicted", "fitted", "unit")
+    lines = [
+        (
+            term.name,
+            "left out" if term.predicted is None else _number(term.predicted),
+            _number(term.measured),
+            "-" if math.isnan(term.ratio) else f"{term.ratio:.2f}",
+            "-" if term.fitted is None else _number(term.fitted),
+            term.unit,
+        )
+        for term in terms
+    ]
+    return aligned([head, *lines])
+
+
+def recorded_compute(file: Path, frame: pd.DataFrame) -> tuple[dict[str, Compute], str]:
+    """Each variant's recorded compute, if it is of the same share of the same layers.
+
+    Returns:
+        It, and where it is from; or nothing, and why.
+
+    Raises:
+        ConfigError: the file is no throughput measurement.
+    """
+    recorded = load(file)
+    for name in ("parallel", "layers"):
+        there, here = recorded.attrs[name], frame.attrs[name]
+        if name == "parallel":
+            there, here = (
+                {k: v for k, v in d.items() if k != "simulate_rank"} for d in (there, here)
+            )
+        if there != here:
+            return {}, f"{file.name} is of {name} {there}, this run of {here}: steps not compared."
+    gpu = recorded.attrs["hardware"]["gpus"][0]
+    return compute_of_run(
+        recorded.to_dict("records"), gpu
+    ), f"Predicted compute: {gpu}, {file.name}."
+
+
+def _steps(records: Mapping[str, Record]) -> str:
+    head: tuple[str, ...] = ("step", "status", "seconds", "date")
+    lines = [
+        (name, r.run["status"], f"{r.run['seconds']:.0f}", r.run["date"][:10])
+        for name, r in records.items()
+    ]
+    first = next(iter(records.values())).run
+    links = ", ".join(first["machine"].get("links", []))
+    where = f"{first['setting']['ranks']} ranks, {first['setting']['gpu'] or 'CPU'}"
+    return f"{where}{f', linked by {links}' if links else ''}\n{aligned([head, *lines])}"
+
+
+def _headline(frame: pd.DataFrame) -> str:
+    """Against what was published and what is aimed at."""
+    rows = frame[frame["phase"] == "prefill"].to_dict("records")
+    best = max(rows, key=lambda row: row["tokens_per_second"])
+    speed, gain = best["tokens_per_second"], AFTER / BEFORE
+    return (
+        f"Best: {best['variant']}, {speed:,.0f} tokens/s (published best launch {BEST:,.0f}, in "
+        f"FP8); against three_all_reduces {verdict(best)} (published {gain:.2f}x)."
+    )
+
+
+def _collectives(content: Mapping[str, Any]) -> str:
+    """How the fused operation does against its parts, and its largest error."""
+    times = {
+        (row["implementation"], row["tokens"]): row["median_us"]
+        for row in content["rows"]
+        if "median_us" in row
+    }
+    gains = {
+        tokens: unfused
+        / min(t for (name, n), t in times.items() if n == tokens and _is_fused(name))
+        for (implementation, tokens), unfused in times.items()
+        if implementation == "unfused" and any(n == tokens and _is_fused(name) for name, n in times)
+    }
+    error = max(row.get("error", 0.0) for row in content["rows"])
+    shown = ", ".join(f"{tokens}: {gain:.2f}x" for tokens, gain in sorted(gains.items()))
+    few = [gain for tokens, gain in gains.items() if tokens <= _FUSED_TOKENS]
+    least = f"{min(few):.2f}x" if few else "not measured"
+    return (
+        f"Best fused implementation against all_reduce + add + norm, by tokens: {shown}.\n"
+        f"Up to {_FUSED_TOKENS} tokens at least {least} (aim: {_FUSED_GAIN}x). "
+        f"Largest relative error against float64: {error:.1e}."
+    )
+
+
+def _is_fused(implementation: str) -> bool:
+    return implementation.endswith("shot")
+
+
+def _number(value: float) -> str:
+    return f"{value:,.0f}" if value >= 1000 else f"{value:.3g}"
