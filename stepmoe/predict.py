@@ -1,4 +1,4 @@
-"""From one GPU to eight: a predicted step, and what may explain the published gain.
+"""From one GPU to eight: a predicted step.
 
 A predicted step is one rank's compute, measured on one GPU, plus its collectives, modelled. What is
 left out is listed in LEFT_OUT. Nothing in here was measured on eight GPUs.
@@ -6,14 +6,17 @@ left out is listed in LEFT_OUT. Nothing in here was measured on eight GPUs.
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+import statistics
+from collections.abc import Mapping
 from dataclasses import dataclass, replace
-from typing import Any
+from typing import TYPE_CHECKING
 
 from stepmoe.comm.cost import LINKS, Link, collective_time
-from stepmoe.comm.layer_cost import MEMORY_BANDWIDTH
 from stepmoe.config import Step3p5Config
 from stepmoe.errors import ConfigError
+
+if TYPE_CHECKING:
+    import pandas as pd
 
 #: What a predicted step does not contain.
 LEFT_OUT = (
@@ -27,6 +30,8 @@ LEFT_OUT = (
 MODEL_ERROR = 0.11
 #: The published workload: tokens of a step are those of its best launch, for the others inferred.
 TOKENS, RANKS, BEFORE, AFTER, BEST = 16384, 8, 46e3, 56e3, 63_213.0
+#: Variants that differ in what they send, and above sglang's gate in nothing else.
+SAME_COMPUTE = ("three_all_reduces", "deferred", "fused")
 
 
 @dataclass(frozen=True)
@@ -166,71 +171,32 @@ def sensitivity(
     return dict(sorted(speeds.items(), key=lambda item: item[1][0] - item[1][1]))
 
 
-@dataclass(frozen=True)
-class Share:
-    """A part of the published gain: seconds saved a step, how that is known, and why."""
-
-    name: str
-    seconds: float
-    basis: str
-    why: str
-
-
-def attribute(config: Step3p5Config, assumptions: Assumptions | None = None) -> list[Share]:
-    """What each part of the change saves a step of TOKENS tokens; the last is what is left over."""
-    given = assumptions or Assumptions()
-    nbytes = TOKENS * config.hidden_size * 2
-    removed = len(config.moe_layers)
-    one = collective_time("all_reduce", nbytes, RANKS, given.link, given.algorithm)
-    passes = 2 * config.num_hidden_layers * nbytes / MEMORY_BANDWIDTH
-    parts = [
-        Share(
-            "fewer all-reduces",
-            removed * one,
-            "modelled",
-            f"{removed} of {nbytes / 2**20:.0f} MiB, {one * 1e3:.3f} ms each as published for NCCL",
-        ),
-        Share(
-            "fused add + norm",
-            passes,
-            "modelled",
-            "one pass over memory less at each norm, at an H100's copy bandwidth, if they were two "
-            "kernels before",
-        ),
-        Share(
-            "fused all-reduce",
-            0.0,
-            "not exercised",
-            f"sglang fuses up to 2048 tokens, not {TOKENS}",
-        ),
-        Share("reduce-scatter", 0.0, "not exercised", "sglang uses it with DP attention"),
-    ]
-    total = TOKENS / BEFORE - TOKENS / AFTER
-    left = total - sum(part.seconds for part in parts)
-    return [*parts, Share("not explained", left, "unknown", "see the candidates in the text")]
-
-
-def explaining_bandwidth(
-    config: Step3p5Config, before: float = BEFORE, after: float = AFTER
-) -> float:
-    """Bytes/s that a GPU would send in an all-reduce if the removed ones were all of the gain."""
-    if not 0 < before < after:
-        raise ConfigError(f"before={before} must be above 0 and below after={after} tokens/s")
-    saved = 1 / before - 1 / after  # seconds a token
-    a_token = config.hidden_size * 2 * len(config.moe_layers)
-    return 2 * (RANKS - 1) / RANKS * a_token / saved
-
-
-def compute_of_run(rows: Iterable[Mapping[str, Any]], gpu: str) -> dict[str, Compute]:
-    """Each variant's compute out of the prefill rows of `compare_throughput` of a simulated rank:
-    its steps without the time of what stood in for the collectives."""
+def compute_of_run(frame: pd.DataFrame) -> dict[str, Compute]:
+    """Each variant's compute out of what `compare_throughput` measured on a simulated rank: its
+    prefill steps without the time of what stood in for the collectives."""
+    attrs = frame.attrs
+    held = "FP8 weights" if attrs.get("quantization") else attrs["dtype"]
+    where = f"{attrs['hardware']['gpus'][0]}, {held}, one rank of {attrs['parallel']['tp']}"
     return {
         row["variant"]: Compute(
             row["median"] - row["stand_in"],
             row["p10"] - row["stand_in"],
             row["p90"] - row["stand_in"],
-            f"{gpu}, bf16, one rank of 8, {row['steps']} steps",
+            f"{where}, {row['steps']} steps",
         )
-        for row in rows
+        for row in frame.to_dict("records")
         if row["phase"] == "prefill"
     }
+
+
+def pooled(computes: Mapping[str, Compute]) -> dict[str, Compute]:
+    """The same for each variant, but one compute for all that compute the same: what differs
+    between their recorded times is noise. Median of the medians, spread from least to most."""
+    same = [computes[name] for name in SAME_COMPUTE if name in computes]
+    if not same:
+        return dict(computes)
+    seconds = statistics.median(compute.seconds for compute in same)
+    low, high = min(c.low for c in same), max(c.high for c in same)
+    source = same[0].source + (" a variant" if len(same) > 1 else "")
+    one = Compute(seconds, low, high, source)
+    return {name: one if name in SAME_COMPUTE else own for name, own in computes.items()}

@@ -4,68 +4,90 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 
+from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
+from stepmoe.attribution import Share
 from stepmoe.charts.style import COLOURS, FAINT, HATCHES, INK, PAPER, new_figure, style
 from stepmoe.errors import ConfigError
-from stepmoe.predict import AFTER, BEFORE, BEST, TOKENS, Prediction, Share
+from stepmoe.predict import AFTER, BEFORE, BEST, TOKENS, Prediction
 
 _PUBLISHED = {"before": BEFORE, "after": AFTER, "best launch": BEST}
 
 
-def predicted_steps(predictions: Sequence[Prediction], source: str) -> Figure:
+def predicted_steps(by_source: Mapping[str, Sequence[Prediction]]) -> Figure:
     """Left: a predicted step's parts. Right: tokens/s with their interval, beside the published.
 
     Args:
-        source: what the compute was measured on.
+        by_source: what the compute was measured on, and the predictions from it: a row of the
+            figure each, on the same scales.
     """
-    if not predictions:
+    if not all(by_source.values()) or not by_source:
         raise ConfigError("no prediction to draw: give those of stepmoe.predict.predict")
-    names = [p.variant for p in predictions]
+    rows = len(by_source)
+    height = 2.6 * rows + 1.3
+    every = [p for predictions in by_source.values() for p in predictions]
     with style():
-        figure = new_figure(10.4, 4.2)
-        figure.suptitle("Predicted: one prefill step on 8 GPUs", weight="bold", size=13.5, y=0.97)
-        figure.text(0.29, 0.85, f"compute measured: {source}", size=9.5, ha="center")
-        steps = figure.add_axes((0.16, 0.24, 0.34, 0.56))
-        start = [0.0] * len(names)
-        looks = {
-            "compute": (COLOURS["attention"], None),
-            "communication": (COLOURS["all_reduce"], HATCHES["all_reduce"]),
-            "idle": (PAPER, ".."),
-        }
-        for part, (colour, hatch) in looks.items():
-            widths = [getattr(p, part) * 1e3 for p in predictions]
-            if any(widths):
-                basis = {"compute": "measured", "communication": "modelled"}.get(part, "assumed")
-                steps.barh(
-                    names,
-                    widths,
-                    left=start,
-                    color=colour,
-                    hatch=hatch,
-                    edgecolor=INK if colour == PAPER else PAPER,
-                    label=f"{part} ({basis})",
-                )
-            start = [left + width for left, width in zip(start, widths, strict=True)]
-        steps.invert_yaxis()
+        figure = new_figure(10.4, height)
+        figure.suptitle(
+            "Predicted: one prefill step on 8 GPUs", weight="bold", size=13.5, y=1 - 0.13 / height
+        )
+        for row, (source, predictions) in enumerate(by_source.items()):
+            top = height - 0.85 - 2.6 * row  # inches
+            figure.text(0.29, (top + 0.08) / height, f"compute: {source}", size=9.5, ha="center")
+            place = (top - 1.9) / height, 1.9 / height
+            steps = figure.add_axes((0.16, place[0], 0.34, place[1]))
+            _parts(steps, predictions)
+            steps.set_xlim(0, max(p.seconds for p in every) * 1.05e3)
+            speeds = figure.add_axes((0.56, place[0], 0.4, place[1]))
+            _speeds(speeds, predictions, every, with_names=row == 0)
         steps.set_xlabel("ms a step")
-        figure.legend(*steps.get_legend_handles_labels(), loc="lower left", ncols=2, frameon=False)
-        speeds = figure.add_axes((0.56, 0.24, 0.4, 0.56))
-        for row, p in enumerate(predictions):
-            speeds.plot((p.tokens / p.high / 1e3, p.tokens / p.low / 1e3), (row, row), color=INK)
-            speeds.plot(p.tokens_per_second / 1e3, row, "o", ms=9, color=COLOURS[p.variant])
-        for words, speed in _PUBLISHED.items():
-            speeds.axvline(speed / 1e3, color=FAINT, ls="--")
-            speeds.annotate(
-                words,
-                (speed / 1e3, 1.02),
-                xycoords=("data", "axes fraction"),
-                rotation=25,
-                size=9.5,
-            )
-        speeds.set(ylim=(len(names) - 0.5, -0.5), yticks=[])
         speeds.set_xlabel("thousand tokens/s; dashed: published for sglang")
+        figure.legend(*steps.get_legend_handles_labels(), loc="lower left", ncols=3, frameon=False)
     return figure
+
+
+def _parts(axes: Axes, predictions: Sequence[Prediction]) -> None:
+    """Compute, communication and idle time of each step, one behind the other."""
+    names = [p.variant for p in predictions]
+    start = [0.0] * len(names)
+    looks = {
+        "compute": (COLOURS["attention"], None),
+        "communication": (COLOURS["all_reduce"], HATCHES["all_reduce"]),
+        "idle": (PAPER, ".."),
+    }
+    for part, (colour, hatch) in looks.items():
+        widths = [getattr(p, part) * 1e3 for p in predictions]
+        if any(widths):
+            basis = {"compute": "measured", "communication": "modelled"}.get(part, "assumed")
+            axes.barh(
+                names,
+                widths,
+                left=start,
+                color=colour,
+                hatch=hatch,
+                edgecolor=INK if colour == PAPER else PAPER,
+                label=f"{part} ({basis})",
+            )
+        start = [left + width for left, width in zip(start, widths, strict=True)]
+    axes.invert_yaxis()
+
+
+def _speeds(
+    axes: Axes, predictions: Sequence[Prediction], every: Sequence[Prediction], with_names: bool
+) -> None:
+    """Tokens/s of each step with its interval, and the published as dashed lines."""
+    for row, p in enumerate(predictions):
+        axes.plot((p.tokens / p.high / 1e3, p.tokens / p.low / 1e3), (row, row), color=INK)
+        axes.plot(p.tokens_per_second / 1e3, row, "o", ms=9, color=COLOURS[p.variant])
+    for words, speed in _PUBLISHED.items():
+        axes.axvline(speed / 1e3, color=FAINT, ls="--")
+        if with_names:
+            place = (speed / 1e3, 1.02)
+            axes.annotate(words, place, xycoords=("data", "axes fraction"), rotation=25, size=9.5)
+    ends = [*_PUBLISHED.values(), *(p.tokens / t for p in every for t in (p.low, p.high))]
+    axes.set_xlim(min(ends) / 1e3 - 3, max(ends) / 1e3 + 3)
+    axes.set(ylim=(len(predictions) - 0.5, -0.5), yticks=[])
 
 
 def gain_waterfall(shares: Sequence[Share]) -> Figure:

@@ -11,7 +11,7 @@ from stepmoe.measure.fused_ops_file import table as fused_ops_table
 from stepmoe.measure.invariance import batch_invariance
 from stepmoe.measure.latency import compare_latency
 from stepmoe.measure.report import table
-from stepmoe.measure.store import load, save
+from stepmoe.measure.store import load, load_each, save
 from stepmoe.measure.task import word_problems
 from stepmoe.measure.throughput import compare_throughput
 from stepmoe.measure.timeline import Profile, profile
@@ -26,6 +26,7 @@ __all__ = [
     "compare_throughput",
     "fused_ops_table",
     "load",
+    "load_each",
     "load_fused_ops",
     "numerical_error",
     "outcomes_of",

@@ -31,7 +31,9 @@ def decode_in_turn(
     device, group = first.lm_head.weight.device, first.comm.group
     capacity = work.context + work.decode_steps + 1
     cache = first.new_cache(capacity)
-    tokens = torch.ones(batch, 1, dtype=torch.int64, device=device)
+    # Equal tokens would choose equal experts, and the weights of few would be read.
+    random = torch.Generator().manual_seed(plan.seed + 2000)
+    tokens = torch.randint(plan.config.vocab_size, (batch, 1), generator=random).to(device)
     kinds: dict[str, StepTimes] = {}
     runs: dict[str, Callable[[], object]] = {}
     for name, model in models.items():

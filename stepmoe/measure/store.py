@@ -88,6 +88,20 @@ def load(path: str | Path) -> pd.DataFrame:
         raise ConfigError(f"{file} is damaged: {type(error).__name__}: {error}") from error
 
 
+def load_each(folder: str | Path, kind: str) -> dict[str, pd.DataFrame]:
+    """`load` of every NAME_KIND.json in a folder, by NAME, in alphabetical order: of h100_prefill
+    and h200_prefill both, where both were recorded.
+
+    Raises:
+        ConfigError: there is none, or one of them holds something else.
+    """
+    ending = f"_{kind}.json"
+    files = sorted(Path(folder).glob(f"*{ending}"))
+    if not files:
+        raise ConfigError(f"{folder} holds no file *{ending}")
+    return {file.name.removesuffix(ending): load(file) for file in files}
+
+
 def check_frame(frame: pd.DataFrame, kind: str = "latency") -> pd.DataFrame:
     """The frame, if it is one of `compare_latency`'s or, with another kind, of
     `compare_throughput`'s or `compare_accuracy`'s: rows can be left out, columns cannot."""

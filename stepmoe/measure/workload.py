@@ -49,7 +49,7 @@ class Workload:
     warmup: int = 1
     decode: tuple[int, ...] = ()
     context: int = 4096
-    decode_steps: int = 20
+    decode_steps: int = 100
 
     def __post_init__(self) -> None:
         for name in (

@@ -1,20 +1,23 @@
 """The prediction for eight GPUs: its counts against ledgers, its arithmetic by hand."""
 
+import pandas as pd
 import pytest
 import torch
+from test_charts import check_legible
 
 import stepmoe as sm
 from stepmoe import charts
+from stepmoe.attribution import attribute, explaining_bandwidth
 from stepmoe.comm.cost import LINKS, Link
 from stepmoe.comm.cost_check import check_on_published
+from stepmoe.measure import load_each, save
 from stepmoe.predict import (
     MODEL_ERROR,
     Assumptions,
     Compute,
-    attribute,
     collectives,
     compute_of_run,
-    explaining_bandwidth,
+    pooled,
     predict,
     sensitivity,
 )
@@ -82,8 +85,38 @@ def test_the_bandwidth_that_would_explain_it_does():
 def test_compute_is_taken_from_what_was_measured():
     row = {"variant": "deferred", "phase": "prefill", "median": 5.0, "p10": 4.0, "p90": 7.0}
     row |= {"stand_in": 1.0, "steps": 3}
-    found = compute_of_run([row, row | {"phase": "decode", "median": 99.0}], "X")["deferred"]
+    frame = pd.DataFrame([row, row | {"phase": "decode", "median": 99.0}])
+    frame.attrs = {"hardware": {"gpus": ["X"]}, "dtype": "bfloat16", "parallel": {"tp": 8}}
+    found = compute_of_run(frame)["deferred"]
     assert (found.seconds, found.low, found.high) == (4, 3, 6)
+    assert found.source == "X, bfloat16, one rank of 8, 3 steps"
+    frame.attrs["quantization"] = {"weights": "fp8"}
+    assert "FP8 weights" in compute_of_run(frame)["deferred"].source
+
+
+def test_what_computes_the_same_is_pooled():
+    names = ("three_all_reduces", "deferred", "fused", "reduce_scatter")
+    times = ((6, 5, 7), (8, 7, 30), (5, 4, 6), (3, 2, 9))
+    computes = {name: Compute(*time, "X") for name, time in zip(names, times, strict=True)}
+    found = pooled(computes)
+    assert {found[name] for name in names[:3]} == {Compute(6, 4, 30, "X a variant")}
+    assert list(found) == list(names)
+    assert found["reduce_scatter"] == computes["reduce_scatter"]
+    assert pooled({"reduce_scatter": computes["reduce_scatter"]})["reduce_scatter"].seconds == 3
+    assert pooled({"fused": computes["fused"]}) == {"fused": computes["fused"]}
+
+
+def test_every_recorded_gpu_is_found(tmp_path):
+    found = load_each("notebooks/results", "prefill")
+    assert "h100" in found
+    for frame in found.values():
+        assert frame.attrs["parallel"]["simulate_rank"] is not None
+        assert set(pooled(compute_of_run(frame))) == set(sm.VARIANTS)
+    # A file more is a row more, without another line of code.
+    for name in ("h100", "h200"):
+        save(found["h100"], tmp_path / f"{name}_prefill.json")
+    save(found["h100"], tmp_path / "h200_prefill_skewed.json")
+    assert list(load_each(tmp_path, "prefill")) == ["h100", "h200"]
 
 
 def test_every_assumption_moves_the_prediction():
@@ -94,11 +127,13 @@ def test_every_assumption_moves_the_prediction():
 
 
 def test_pictures_say_what_is_measured_modelled_and_published():
-    steps = charts.predicted_steps([predict(FLASH, v, COMPUTE) for v in sm.VARIANTS], "made up")
+    predictions = [predict(FLASH, v, COMPUTE) for v in sm.VARIANTS]
+    steps = charts.predicted_steps({"made up": predictions, "another": predictions})
+    check_legible(steps)
     words = " ".join(
         text.get_text() for text in steps.findobj(match=lambda a: hasattr(a, "get_text"))
     )
-    for needed in ("measured", "modelled", "published", "ms a step", "before", "after"):
+    for needed in ("measured", "modelled", "published", "ms a step", "before", "another"):
         assert needed in words
     fall = charts.gain_waterfall(attribute(FLASH))
     words = " ".join(
@@ -112,7 +147,9 @@ def test_pictures_say_what_is_measured_modelled_and_published():
 def test_a_slider_moves_the_prediction():
     from stepmoe.widgets import PredictionExplorer
 
-    explorer = PredictionExplorer(FLASH, COMPUTE)
+    fast = Compute(0.1, 0.1, 0.1, "made up")
+    gpus = {"X": dict.fromkeys(sm.VARIANTS, COMPUTE), "Y": dict.fromkeys(sm.VARIANTS, fast)}
+    explorer = PredictionExplorer(FLASH, gpus)
     before, picture = explorer.predictions, explorer.picture.value
     explorer.bandwidth.value = 150
     assert explorer.picture.value != picture
@@ -120,6 +157,9 @@ def test_a_slider_moves_the_prediction():
     explorer.idle.value = 0.4
     assert "150 GB/s" in explorer.summary()
     assert "idle 40%" in explorer.summary()
+    before = explorer.predictions
+    explorer.gpu.value = "Y"
+    assert all(a.seconds < b.seconds for a, b in zip(explorer.predictions, before, strict=True))
 
 
 @pytest.mark.parametrize(
@@ -130,7 +170,9 @@ def test_a_slider_moves_the_prediction():
         (lambda: Assumptions(idle=1.0), "idle=1.0"),
         (lambda: collectives(FLASH, "ring", 1), "variant 'ring'"),
         (lambda: explaining_bandwidth(FLASH, 5.0, 4.0), "below after=4.0"),
-        (lambda: charts.predicted_steps([], ""), "no prediction"),
+        (lambda: charts.predicted_steps({}), "no prediction"),
+        (lambda: charts.predicted_steps({"X": []}), "no prediction"),
+        (lambda: load_each("tests", "prefill"), "tests holds no file"),
     ],
 )
 def test_bad_input_is_named(call, message):
