@@ -12,7 +12,7 @@ from stepmoe.measure import load, load_fused_ops
 from stepmoe.measure.report import aligned, throughput_table, verdict
 from stepmoe.multi_gpu.fit import Term, collective_terms, fit_link, step_terms
 from stepmoe.multi_gpu.records import Record, file_of, read
-from stepmoe.predict import AFTER, BEFORE, BEST, Compute, compute_of_run
+from stepmoe.predict import AFTER, BEFORE, BEST, Compute, compute_of_run, pooled
 
 if TYPE_CHECKING:
     import pandas as pd
@@ -103,9 +103,7 @@ def recorded_compute(file: Path, frame: pd.DataFrame) -> tuple[dict[str, Compute
         if there != here:
             return {}, f"{file.name} is of {name} {there}, this run of {here}: steps not compared."
     gpu = recorded.attrs["hardware"]["gpus"][0]
-    return compute_of_run(
-        recorded.to_dict("records"), gpu
-    ), f"Predicted compute: {gpu}, {file.name}."
+    return pooled(compute_of_run(recorded)), f"Predicted compute: {gpu}, {file.name}."
 
 
 def _steps(records: Mapping[str, Record]) -> str:
