@@ -57,11 +57,12 @@ class Communicator:
     def reduce_scatter(self, partial: Placed, tokens_per_rank: int, site: str) -> Placed:
         """Partial (T, D) to Shard (tokens_per_rank, D): each rank gets the sum of its own tokens.
 
-        T is padded with zeros to group size x tokens_per_rank, which must hold it.
+        T is padded with zeros to group size x tokens_per_rank, which must hold it. The partial
+        tensor is taken over.
         """
         self._expect_partial(partial, "reduce_scatter")
         partial.spent = True
-        padded = _pad(partial.tensor, self.group.size * tokens_per_rank)
+        padded = _pad(partial.take_over(), self.group.size * tokens_per_rank)
         if self.group.size == 1:
             return partial.with_(padded, TOKEN_SHARD)
         own = padded.new_empty(tokens_per_rank, padded.shape[1])
@@ -97,11 +98,11 @@ class Communicator:
 
         weight (D,) and eps are the Gemma norm's. Returns (normalised, residual), both Replicate and
         in the dtype of partial. stepmoe.comm.fusion chooses the implementation, and the ledger's
-        entry says which ran and why.
+        entry says which ran and why. Both inputs are taken over.
         """
         self._expect_partial(partial, "all_reduce_add_rms_norm")
         residual.replicated("all_reduce_add_rms_norm")
-        tensor = partial.tensor
+        tensor, addend = partial.take_over(), residual.take_over()
         done = partial.with_(tensor, REPLICATE)
         partial.spent = True
         choice = self._simulated or self._choose(tensor, weight)
@@ -110,10 +111,10 @@ class Communicator:
             if choice.implementation in ("unfused", "simulated"):
                 if self.group.size > 1:
                     wire.all_reduce(tensor, self.group)
-                normed, total = add_gemma_rms_norm(tensor, residual.tensor, weight, eps)
+                normed, total = add_gemma_rms_norm(tensor, addend, weight, eps)
             else:
                 fusion = fusion_of(self.group)
-                normed, total = fusion.run(choice, tensor, residual.tensor, weight, eps)
+                normed, total = fusion.run(choice, tensor, addend, weight, eps)
         return done.with_(normed, name="hidden_states"), residual.with_(total)
 
     def keep_own_tokens(self, whole: Placed, tokens_per_rank: int) -> Placed:

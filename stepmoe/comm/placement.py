@@ -35,7 +35,7 @@ class Placed:
     """A tensor of tokens x hidden and its placement over a group.
 
     Attributes:
-        tensor: what this rank holds: (T, D), or (T_local, D) under Shard.
+        held: `tensor`, or None once the last operation that needed it has taken it over.
         placement: Replicate, Shard or Partial.
         group: the ranks the placement speaks of.
         num_tokens: T, the tokens of the whole tensor (without padding).
@@ -44,13 +44,20 @@ class Placed:
         spent: a reduction has overwritten the tensor; this description of it no longer holds.
     """
 
-    tensor: Tensor
+    held: Tensor | None
     placement: Placement
     group: RankGroup
     num_tokens: int
     name: str
     layer: int | None = None
     spent: bool = False
+
+    @property
+    def tensor(self) -> Tensor:
+        """What this rank holds: (T, D), or (T_local, D) under Shard."""
+        if self.held is None:
+            raise self._taken_over("reading")
+        return self.held
 
     @property
     def is_partial(self) -> bool:
@@ -66,7 +73,7 @@ class Placed:
         """The same tokens of the same layer with another value, placement or name."""
         return replace(
             self,
-            tensor=tensor,
+            held=tensor,
             placement=placement or self.placement,
             name=name or self.name,
             spent=False,
@@ -89,7 +96,24 @@ class Placed:
                 f"{self}: {operation} of a partial sum that was already reduced over {self.group}. "
                 "Use what the reduction returned."
             )
+        if self.held is None:
+            raise self._taken_over(operation)
         return self
+
+    def take_over(self) -> Tensor:
+        """The tensor, for the last operation that needs it, which may overwrite its memory.
+
+        A layer's caller holds on to the layer's inputs until it returns, and the layer to all that
+        it has named. What is taken over is free as soon as that operation is done with it.
+        """
+        tensor, self.held = self.tensor, None
+        return tensor
+
+    def _taken_over(self, operation: str) -> PlacementError:
+        return PlacementError(
+            f"{self}: {operation} of a value that an addition before has taken over, and its "
+            "memory with it. Use what that addition returned."
+        )
 
     def replicated(self, operation: str) -> Placed:
         """Self, if every rank holds all of it; the operation needs every token."""

@@ -44,8 +44,9 @@ class _Bf16Sums(Communicator):
         return done.with_(done.tensor.to(partial.tensor.dtype))
 
     def reduce_scatter(self, partial: Placed, tokens_per_rank: int, site: str) -> Placed:
+        dtype = partial.tensor.dtype
         done = super().reduce_scatter(self._addend(partial), tokens_per_rank, site)
-        return done.with_(done.tensor.to(partial.tensor.dtype))
+        return done.with_(done.tensor.to(dtype))
 
     def all_reduce_add_rms_norm(
         self, partial: Placed, residual: Placed, weight: Tensor, eps: float, site: str

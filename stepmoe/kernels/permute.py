@@ -31,7 +31,8 @@ class RowOrder:
 
     def ends_within(self, start: int, count: int) -> Tensor:
         """`ends` as seen by a pass over the rows start to start + count."""
-        return (self.ends - start).clamp(0, count)
+        ends = self.ends - start if start else self.ends  # the first pass: a launch less
+        return ends.clamp(0, count)
 
 
 @gpu_version("stepmoe.kernels.permute_gpu")
@@ -65,7 +66,8 @@ def unpermute_rows(
     Args:
         rows: (count, D), the outputs of the rows start to start + count.
         weights: (T, K).
-        onto: (T, D), added to the sums, which may take over its memory; None for nothing.
+        onto: (T, D) of the same dtype: the result is `onto + sums`, to the last bit, and may take
+            over its memory. None for nothing.
 
     Returns:
         (T, D) in the dtype of rows.
@@ -75,9 +77,8 @@ def unpermute_rows(
     index = index.clamp(0, rows.shape[0] - 1)
     wide = torch.promote_types(rows.dtype, weights.dtype)
     total = rows.new_zeros(len(index), rows.shape[1], dtype=wide)
-    if onto is not None:
-        total = total + onto
     for k in range(index.shape[1]):
         row = rows[index[:, k]].to(wide).masked_fill(~in_range[:, k, None], 0)
         total = total + row * weights[:, k, None]
-    return total.to(rows.dtype)
+    sums = total.to(rows.dtype)
+    return sums if onto is None else onto + sums

@@ -253,12 +253,13 @@ def _unpermute(
         while token < num_tokens:
             place = output_ptr + token.to(tl.int64) * SIZE + column
             total = tl.zeros((BLOCK,), tl.float32)
-            if ADDS:
-                total += tl.load(place, mask=inside).to(tl.float32)
             for k in tl.static_range(TOP_K):
                 row = (tl.load(positions_ptr + token * TOP_K + k) - start).to(tl.int64)
                 is_here = inside & (row >= 0) & (row < count)
                 value = tl.load(rows_ptr + row * SIZE + column, mask=is_here, other=0.0)
                 total += value.to(tl.float32) * tl.load(weights_ptr + token * TOP_K + k)
+            if ADDS:  # rounded before as well, as an addition of two tensors would have it
+                sums = total.to(output_ptr.dtype.element_ty).to(tl.float32)
+                total = tl.load(place, mask=inside).to(tl.float32) + sums
             tl.store(place, total.to(output_ptr.dtype.element_ty), mask=inside)
             token += tl.num_programs(0)

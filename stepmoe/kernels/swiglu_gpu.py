@@ -7,7 +7,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-_ENTRIES = 4096  # of one program
+ENTRIES, WARPS = 4096, 4  # of one program
 
 
 def clamped_swiglu(gate_up: Tensor, limit: float | None, num_rows: Tensor | None = None) -> Tensor:
@@ -19,18 +19,21 @@ def clamped_swiglu(gate_up: Tensor, limit: float | None, num_rows: Tensor | None
         return output
     # The widest power of two that divides the size: then no column needs a mask.
     block = max(16, min(512, size & -size))
-    block_rows = _ENTRIES // block
-    _swiglu[(triton.cdiv(rows, block_rows), triton.cdiv(size, block))](
+    blocks = triton.cdiv(size, block)
+    block_rows = ENTRIES // block
+    _swiglu[(blocks * triton.cdiv(rows, block_rows),)](
         gate_up,
         output,
         num_rows,
         rows,
         limit or 0.0,
         SIZE=size,
+        BLOCKS=blocks,
         ROWS=block_rows,
         BLOCK=block,
         CLAMPS=limit is not None,
         COUNTED=num_rows is not None,
+        num_warps=WARPS,
     )
     return output
 
@@ -53,16 +56,18 @@ def _swiglu(
     rows,
     limit,
     SIZE: tl.constexpr,
+    BLOCKS: tl.constexpr,
     ROWS: tl.constexpr,
     BLOCK: tl.constexpr,
     CLAMPS: tl.constexpr,
     COUNTED: tl.constexpr,
 ):
-    """One program: ROWS x BLOCK entries of the output."""
+    """One program: ROWS x BLOCK entries of the output. The programs that share a row stand side by
+    side: together they read whole rows, and memory likes to be read in one piece."""
     if COUNTED:
         rows = tl.minimum(rows, tl.load(num_rows_ptr))
-    row = (tl.program_id(0) * ROWS + tl.arange(0, ROWS)).to(tl.int64)[:, None]
-    column = tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
+    row = (tl.program_id(0) // BLOCKS * ROWS + tl.arange(0, ROWS)).to(tl.int64)[:, None]
+    column = tl.program_id(0) % BLOCKS * BLOCK + tl.arange(0, BLOCK)
     inside = row < rows
     if SIZE % BLOCK != 0:
         inside &= column < SIZE

@@ -10,7 +10,7 @@ the GPU. How the time spreads over operations comes from a profile of the same p
 from __future__ import annotations
 
 import statistics
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
 
@@ -19,13 +19,13 @@ from torch import Tensor
 
 from stepmoe.causal_lm import Step3p5ForCausalLM
 from stepmoe.config import Step3p5Config
+from stepmoe.measure.flush import Flush, graph_of
 from stepmoe.measure.kernel_times import profile_layers
 from stepmoe.measure.operations import RANGES, Work, operations, unavoidable_bytes
 from stepmoe.parallel import ParallelConfig
 from stepmoe.roofline import Chip, SubLayer
 
 _VOCAB = 1024  # embedding and head are not measured: small
-_REPEATS = 11
 
 
 @dataclass(frozen=True)
@@ -95,6 +95,7 @@ class Stack:
         device = torch.device("cuda")
         self.config, self.layer, self.parallel = config, layer, parallel
         self.device, self.depth = device, depth
+        self.adds_shared = variant != "three_all_reduces"
         shape = config.replace(vocab_size=_VOCAB)
         self.models = [
             Step3p5ForCausalLM.from_config(
@@ -154,7 +155,14 @@ class Stack:
         context: int,
     ) -> LayerTime:
         work = Work(
-            self.config, self.layer, self.parallel, batch, length, context, *self._routed(run)
+            self.config,
+            self.layer,
+            self.parallel,
+            batch,
+            length,
+            context,
+            *self._routed(run),
+            adds_shared=self.adds_shared,
         )
         times = profile_layers(self.models[0], run, passes=5)
         rows = []
@@ -216,40 +224,3 @@ def _decode_step(model: Step3p5ForCausalLM, ids: Tensor, context: int) -> Callab
         return model(ids, cache, last_only=True)
 
     return step
-
-
-class Flush:
-    """Times on a GPU whose cache holds nothing of what is timed."""
-
-    def __init__(self, device: torch.device) -> None:
-        size = 2 * torch.cuda.get_device_properties(device).L2_cache_size
-        self._other = torch.empty(size, dtype=torch.uint8, device=device)
-
-    def median(self, run: Callable[[], object]) -> float:
-        """Median seconds of a run, by CUDA events."""
-        run()
-        return statistics.median(self._times(run))
-
-    def _times(self, run: Callable[[], object]) -> Iterator[float]:
-        for _ in range(_REPEATS):
-            self._other.zero_()
-            begin, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
-            begin.record()
-            run()
-            end.record()
-            end.synchronize()
-            yield begin.elapsed_time(end) / 1e3
-
-
-def graph_of(run: Callable[[], object]) -> Callable[[], object]:
-    """The same as one replay of a CUDA graph."""
-    stream, graph = torch.cuda.Stream(), torch.cuda.CUDAGraph()
-    stream.wait_stream(torch.cuda.current_stream())
-    with torch.cuda.stream(stream):
-        for _ in range(2):
-            run()
-        stream.synchronize()
-        with torch.cuda.graph(graph, stream=stream):
-            run()
-    torch.cuda.current_stream().wait_stream(stream)
-    return graph.replay

@@ -26,6 +26,8 @@ class Work:
         rows: choices of this rank's experts, over all tokens.
         experts: how many of this rank's experts were chosen at all.
         tokens_here: tokens that chose at least one of them.
+        adds_shared: whether the rows are added to the shared expert's partial sum, as in every
+            variant but three_all_reduces.
     """
 
     config: Step3p5Config
@@ -38,6 +40,7 @@ class Work:
     experts: float
     tokens_here: float
     dtype: torch.dtype = torch.bfloat16
+    adds_shared: bool = True
 
     @property
     def tokens(self) -> int:
@@ -63,7 +66,6 @@ RANGES: dict[str, tuple[str, ...]] = {
     "experts: SwiGLU": ("gate_up_swiglu/clamped_swiglu",),
     "experts: down": ("grouped_linear",),
     "un-permute": ("unpermute_rows",),
-    "shared + routed": ("shared + routed",),
 }
 
 
@@ -142,8 +144,13 @@ def _experts(work: Work) -> list[SubLayer]:
         _product("experts: gate, up", rows, hidden, 2 * inner, work.experts, size),
         SubLayer("experts: SwiGLU", 6 * rows * inner, 0, 3 * rows * inner * size),
         _product("experts: down", rows, inner, hidden, work.experts, size),
-        SubLayer("un-permute", 2 * rows * hidden, 0, (rows + tokens) * hidden * size + 8 * choices),
-        SubLayer("shared + routed", tokens * hidden, 0, 3 * tokens * hidden * size),
+        # In: rows, their positions and weights, and where it is added to, the shared expert's sum.
+        SubLayer(
+            "un-permute",
+            2 * rows * hidden,
+            0,
+            (rows + (2 if work.adds_shared else 1) * tokens) * hidden * size + 8 * choices,
+        ),
     ]
 
 

@@ -7,7 +7,7 @@ from functools import partial
 import torch
 
 from stepmoe.config import Step3p5Config
-from stepmoe.measure.layer_floor import Flush
+from stepmoe.measure.flush import Flush
 from stepmoe.parallel import ParallelConfig
 
 

@@ -39,8 +39,9 @@ class Attention(nn.Module):
         self.o_proj = nn.Linear(query_size, hidden_size, bias=False)
         self.q_norm = GemmaRMSNorm(self.head_dim, eps)
         self.k_norm = GemmaRMSNorm(self.head_dim, eps)
-        # Not a parameter: they follow from the config. float64, and as last used.
+        # Not parameters: they follow from the config. float64, and as last used.
         self._frequencies = self._placed_frequencies = inverse_frequencies(layer)
+        self._placed_zero = torch.zeros(1, dtype=torch.int64, device="cpu")
 
     def forward(
         self, hidden_states: Tensor, batch: int, start: int, cache: LayerCache | None
@@ -67,7 +68,7 @@ class Attention(nn.Module):
             self.k_norm.weight,
             self.q_norm.eps,
             self._frequencies_for(projected),
-            projected.new_zeros(1, dtype=torch.int64) if cache is None else cache.position,
+            self._placed_zero if cache is None else cache.position,
             self.num_heads,
             self.num_kv_heads,
             into,
@@ -84,9 +85,11 @@ class Attention(nn.Module):
         return result
 
     def _frequencies_for(self, x: Tensor) -> Tensor:
-        """The rotary frequencies on x's device, in float32 or wider; moved there once."""
+        """The rotary frequencies on x's device, in float32 or wider; moved there once, and with
+        them the position of the first token, so that no pass launches a kernel to make a zero."""
         wide = torch.promote_types(x.dtype, torch.float32)
         placed = self._placed_frequencies
         if (placed.device, placed.dtype) != (x.device, wide):
             self._placed_frequencies = placed = self._frequencies.to(x.device, wide)
+            self._placed_zero = self._placed_zero.to(x.device)
         return placed

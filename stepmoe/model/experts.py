@@ -7,12 +7,14 @@ from collections.abc import Mapping
 from torch import Tensor, nn
 
 from stepmoe.config import LayerConfig, Step3p5Config
+from stepmoe.kernels import dispatch
 from stepmoe.kernels.grouped import gate_up_swiglu, grouped_linear
 from stepmoe.kernels.permute import RowOrder, sort_by_expert, unpermute_rows
 from stepmoe.model.merged import empty_parameter
 from stepmoe.model.router import Router
 from stepmoe.parallel import ParallelConfig
 
+TILE = 128  # rows
 FEW_CHOICES = 4096  # their rows take 32 MiB at hidden size 4096 in bfloat16
 
 
@@ -56,38 +58,50 @@ class RoutedExperts(nn.Module):
         Rows are sorted by expert so that each expert is one block of a grouped matrix product.
 
         Args:
-            onto: (T, D), added to the result, which may take over its memory.
+            onto: (T, D), the result is `onto + routed`, and may take over its memory.
         """
         order = sort_by_expert(topk_ids, self.first_expert, len(self.down_proj.weight))
         starts = passes(order, self.ep)
         for start in starts:
-            # Nested: what lies between the products is gone before the sum needs memory.
-            rows = grouped_linear(
-                gate_up_swiglu(
-                    hidden_states, self.gate_up_proj.weight, order, start, starts.step, self.limit
-                ),
-                self.down_proj.weight,
+            onto = unpermute_rows(
+                self._rows(hidden_states, order, start, starts.step),
                 order,
+                topk_weights,
                 start,
+                onto,
             )
-            onto = unpermute_rows(rows, order, topk_weights, start, onto)
         return hidden_states.new_zeros(hidden_states.shape) if onto is None else onto
+
+    def _rows(self, hidden_states: Tensor, order: RowOrder, start: int, count: int) -> Tensor:
+        """Outputs (count, D) of one pass. Nothing here or above names a tensor of a pass's rows:
+        each is gone before the next one needs memory."""
+        return grouped_linear(
+            gate_up_swiglu(
+                hidden_states, self.gate_up_proj.weight, order, start, count, self.limit
+            ),
+            self.down_proj.weight,
+            order,
+            start,
+        )
 
 
 def passes(order: RowOrder, ep: int) -> range:
     """First row of every pass over this rank's rows; the step is how many a pass has room for.
 
-    On a GPU the host does not wait to learn how many rows there are. The first pass has room for an
-    eighth more than the average; the later ones, up to all choices of all tokens, find no row and
+    On a GPU the host does not wait to learn how many rows there are. The first pass has room for a
+    third more than the average; the later ones, up to all choices of all tokens, find no row and
     end at once unless the routing is badly out of balance. So memory is bounded, and however the
     tokens are spread, none is dropped. Where all choices are few, one pass has room for them.
+    A third: with ep=4 that makes 3 passes, where an eighth would make 4, of six launches each.
+    Rooms are whole tiles, so that no pass needs kernels compiled for odd numbers of its own.
     """
-    if not order.ends.is_cuda:
+    if not dispatch.on_gpu(order.ends):
         num_rows = int(order.ends[-1])
         return range(0, num_rows, max(1, num_rows))
     num_choices = order.positions.numel()
-    is_one = ep == 1 or num_choices <= FEW_CHOICES
-    return range(0, num_choices, max(1, num_choices) if is_one else -(-9 * num_choices // (8 * ep)))
+    if ep == 1 or num_choices <= FEW_CHOICES:
+        return range(0, num_choices, max(1, num_choices))
+    return range(0, num_choices, -(-4 * num_choices // (3 * ep * TILE)) * TILE)
 
 
 class ExpertWeights(nn.Module):

@@ -91,15 +91,20 @@ class DecoderLayer(nn.Module):
     def add_norm(
         self, norm: GemmaRMSNorm, hidden_states: Placed, residual: Placed | None
     ) -> tuple[Placed, Placed]:
-        """Add to the residual and normalise, both complete. Returns (normalised, residual)."""
+        """Add to the residual and normalise, both complete. Returns (normalised, residual).
+
+        Both inputs are taken over: the layer would hold them to its end, and needs only the sum.
+        """
         hidden_states.complete("the norm")
         site = next((name for name, own in self.named_children() if own is norm), "final_norm")
         if residual is None:
-            total = hidden_states.with_(hidden_states.tensor, name="residual")
+            total = hidden_states.with_(hidden_states.take_over(), name="residual")
         elif takes_kernel(hidden_states.tensor, residual.tensor, norm.weight):
             return self._add_norm_in_one_kernel(norm, hidden_states, residual, site)
         else:
             total = self._local("add", lambda: hidden_states + residual, "residual", site)
+            hidden_states.take_over()
+            residual.take_over()
         normed = self._local("norm", lambda: total.with_(norm(total.tensor)), "hidden_states", site)
         return normed, total
 
@@ -110,7 +115,7 @@ class DecoderLayer(nn.Module):
         made: list[Tensor] = []
 
         def add_and_norm() -> Placed:
-            left, right = hidden_states.addable(residual).tensor, residual.tensor
+            left, right = hidden_states.addable(residual).take_over(), residual.take_over()
             made.extend(add_gemma_rms_norm(left, right, norm.weight, norm.eps))
             return hidden_states.with_(made[1])
 
@@ -157,9 +162,24 @@ class DecoderLayer(nn.Module):
         self._capture(step, "mlp_input", hidden_states)
         return self._partial("share_expert", self.share_expert, hidden_states)
 
-    def routed_experts(self, hidden_states: Placed) -> Placed:
-        """Router and the top-k weighted sum of this rank's experts: partial."""
-        return self._partial("experts", self.moe, hidden_states)
+    def routed_experts(self, hidden_states: Placed, onto: Placed | None = None) -> Placed:
+        """Router and the top-k weighted sum of this rank's experts: partial.
+
+        Args:
+            onto: another partial sum. The result is then `onto + routed`, to the last bit, and
+                takes the place of `onto`: the addition is no step and no tensor of its own.
+        """
+        if onto is None:
+            return self._partial("experts", self.moe, hidden_states)
+        routed = self.comm.partial(hidden_states.tensor, "experts_output", self.index)
+        addend = onto.addable(routed)
+
+        def add_up(x: Tensor) -> Tensor:
+            return self.moe(x, addend.take_over())
+
+        total = self._partial("experts", add_up, hidden_states)
+        total.name = f"{onto.name} + {routed.name}"
+        return total
 
     def _partial(self, op: str, module: Callable[[Tensor], Tensor], x: Placed) -> Placed:
         x.replicated(op)

@@ -28,7 +28,8 @@ class DeferredLayer(DecoderLayer):
             hidden_states = self.comm.all_gather(hidden_states, "mlp_input")
         if self.is_moe:
             shared_partial = self.shared_expert(hidden_states, step)
-            mlp_partial = shared_partial + self.routed_experts(hidden_states)
+            # shared_partial + routed, both still partial: added up where the experts' rows are
+            mlp_partial = self.routed_experts(hidden_states, onto=shared_partial)
         else:
             mlp_partial = self.dense_mlp(hidden_states, step)
         mlp_output = self.comm.all_reduce(mlp_partial, "mlp_output")

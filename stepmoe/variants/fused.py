@@ -42,5 +42,6 @@ class FusedLayer(DeferredLayer):
         )
         if self.is_moe:
             shared_partial = self.shared_expert(hidden_states, step)
-            return shared_partial + self.routed_experts(hidden_states), residual
+            # shared_partial + routed, both still partial: added up where the experts' rows are
+            return self.routed_experts(hidden_states, onto=shared_partial), residual
         return self.dense_mlp(hidden_states, step), residual

@@ -33,7 +33,8 @@ class ReduceScatterLayer(DecoderLayer):
         hidden_states = self.comm.all_gather(hidden_states, "mlp_input")
         if self.is_moe:
             shared_partial = self.shared_expert(hidden_states, step)
-            mlp_partial = shared_partial + self.routed_experts(hidden_states)
+            # shared_partial + routed, both still partial: added up where the experts' rows are
+            mlp_partial = self.routed_experts(hidden_states, onto=shared_partial)
         else:
             mlp_partial = self.dense_mlp(hidden_states, step)
         return self.comm.reduce_scatter(mlp_partial, step.tokens_per_rank, "mlp_output"), residual

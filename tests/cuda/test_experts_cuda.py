@@ -62,6 +62,13 @@ def test_experts_however_the_tokens_are_spread(experts, tokens, spread):
     assert relative_error(experts.apply_experts(x, ids, weights, onto), with_onto) < 1.5 * BFLOAT16
 
 
+@pytest.mark.parametrize("tokens", [1, 64, 3000, 16384])
+def test_what_the_rows_are_added_to_gives_the_sum_to_the_last_bit(experts, tokens):
+    x, onto = (torch.randn(tokens, 4096, device="cuda", dtype=torch.bfloat16) for _ in range(2))
+    wanted = onto + experts(x)
+    assert torch.equal(experts(x, onto), wanted)
+
+
 def test_tokens_without_an_expert_here_get_zeros(experts):
     x = torch.randn(300, 4096, device="cuda", dtype=torch.bfloat16)
     ids = torch.zeros(300, 8, dtype=torch.int64, device="cuda")
@@ -71,7 +78,7 @@ def test_tokens_without_an_expert_here_get_zeros(experts):
 def test_memory_is_bounded_and_nothing_waits_for_the_gpu(experts):
     x = torch.randn(16384, 4096, device="cuda", dtype=torch.bfloat16)
     experts(x)
-    order_step = 9 * 16384 * 8 // (8 * 4)
+    room = 43776  # a third more than the average of 32768, in whole tiles of 128
     torch.cuda.synchronize()
     before = torch.cuda.memory_allocated()
     torch.cuda.reset_peak_memory_stats()
@@ -82,7 +89,7 @@ def test_memory_is_bounded_and_nothing_waits_for_the_gpu(experts):
         torch.cuda.set_sync_debug_mode("default")
     held = torch.cuda.max_memory_allocated() - before
     # Rows of a pass after both halves, the result, and small change for router and order.
-    assert held < (order_step * (4096 + 640) + 16384 * 4096) * 2 + 2**26
+    assert held < (room * (4096 + 640) + 16384 * 4096) * 2 + 2**26
 
 
 def test_a_replayed_graph_equals_the_eager_pass_bit_for_bit(experts):
@@ -126,7 +133,7 @@ def test_passes_cover_every_choice(experts):
     from stepmoe.kernels.permute import sort_by_expert
 
     starts = passes(sort_by_expert(ids, experts.first_expert, 72), 4)
-    assert starts.step == -(-9 * ids.numel() // 32)
+    assert len(starts) == 3
     assert starts[-1] + starts.step >= ids.numel()
 
 

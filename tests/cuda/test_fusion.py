@@ -211,10 +211,10 @@ def beyond(implementation, limit):
 
     case = Case(5, 512, BF16, seed=3)
     partial = case.partials[case.group.index]
-    residual = case.comm.replicated(case.residual, "r")
 
     def call():
         placed = case.comm.partial(partial.clone(), "p")
+        residual = case.comm.replicated(case.residual, "r")
         return case.comm.all_reduce_add_rms_norm(placed, residual, case.weight, EPS, "")
 
     with force(implementation):

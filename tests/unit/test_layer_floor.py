@@ -109,7 +109,10 @@ def test_bytes_of_the_rows_that_move():
     token = 4096 * 2
     assert rows["add + norm"] == 2 * 4 * 16384 * token
     assert rows["permute"] == (15000 + 32768) * token
-    assert rows["un-permute"] == (32768 + 16384) * token + 16384 * 8 * 8  # positions and weights
+    small = 16384 * 8 * 8  # positions and weights
+    assert rows["un-permute"] == (32768 + 2 * 16384) * token + small
+    apart = {row.name: row.bytes for row in operations(work(adds_shared=False))}
+    assert apart["un-permute"] == (32768 + 16384) * token + small
     assert rows["experts: SwiGLU"] == 32768 * 3 * 640 * 2
     assert unavoidable_bytes(work()) == (3 * 16384 + 32768) * token
 

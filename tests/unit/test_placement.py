@@ -12,6 +12,7 @@ import stepmoe as sm
 from stepmoe.comm.communicator import Communicator
 from stepmoe.comm.groups import RankGroup
 from stepmoe.model.norm import GemmaRMSNorm
+from stepmoe.variants.deferred import DeferredLayer
 from stepmoe.variants.fused import FusedLayer
 
 TP = Communicator(RankGroup("tp", (0, 1, 2, 3)))
@@ -86,6 +87,51 @@ def test_reducing_the_same_partial_sum_twice(x):
         alone.all_reduce(pending, "o_proj")
     with pytest.raises(sm.PlacementError, match="already reduced"):
         pending + alone.partial(x, "more", 1)
+
+
+def test_using_again_what_an_addition_has_taken_over(x):
+    taken = TP.replicated(x, "residual", layer=1)
+    assert taken.take_over() is x
+    with pytest.raises(sm.PlacementError, match="layer 1, residual: reading of a value that an"):
+        taken.tensor  # noqa: B018
+    with pytest.raises(sm.PlacementError, match="Use what that addition returned"):
+        taken + TP.replicated(x, "more", 1)
+
+
+class OldResidualLayer(DeferredLayer):
+    """Adds the MLP's output to the residual that attention was added to already."""
+
+    def forward(self, hidden_states, residual, step):
+        kept = residual
+        hidden_states, residual = super().forward(hidden_states, residual, step)
+        return hidden_states, residual if kept is None else kept + residual
+
+
+def test_a_residual_used_after_the_norm_that_took_it_over():
+    model = sm.Step3p5ForCausalLM.from_config(sm.Step3p5Config.tiny(), variant=OldResidualLayer)
+    with pytest.raises(sm.PlacementError, match="layer 0, residual: the sum of a value that an"):
+        model(torch.zeros(1, 3, dtype=torch.int64))
+
+
+class SharedTwiceLayer(DeferredLayer):
+    """Adds the shared expert to the routed ones, and once more."""
+
+    def routed_experts(self, hidden_states, onto=None):
+        return super().routed_experts(hidden_states, onto) + onto
+
+
+def test_a_shared_expert_added_twice():
+    model = sm.Step3p5ForCausalLM.from_config(sm.Step3p5Config.tiny(), variant=SharedTwiceLayer)
+    with pytest.raises(sm.PlacementError, match="layer 1, share_expert_output: the sum of a value"):
+        model(torch.zeros(1, 3, dtype=torch.int64))
+
+
+def test_routed_experts_are_added_to_a_partial_sum_only():
+    model = sm.Step3p5ForCausalLM.from_config(sm.Step3p5Config.tiny())
+    layer, x = model.model.decoder_layers[1], torch.randn(3, 64)
+    whole = model.comm.replicated(x, "mlp_input", 1)
+    with pytest.raises(sm.PlacementError, match="counted 1 times"):
+        layer.routed_experts(whole, onto=whole)
 
 
 class ForgetfulLayer(FusedLayer):

@@ -3,8 +3,6 @@
 float16 and float32 here: the interpreter has no matrix product of bfloat16. tests/cuda runs that.
 """
 
-import os
-
 import pytest
 import torch
 from hypothesis import HealthCheck, given, settings
@@ -19,23 +17,6 @@ DTYPES = st.sampled_from([torch.float32, torch.float16])
 SIZES = st.sampled_from([4, 12, 16, 32])
 # Outputs are averages of values of size 1: some roundings of 2^-24 or 2^-11.
 TOLERANCE = {torch.float32: 2e-5, torch.float16: 4e-3}
-
-
-@pytest.fixture(autouse=True)
-def loops_of_computed_length(monkeypatch):
-    """Let numpy 2.4 and Triton 3.6 agree: a scalar of the interpreter is an array of one entry,
-    which `range` no longer takes for a number."""
-    if os.environ.get("TRITON_INTERPRET") != "1":
-        return
-    from triton.runtime import interpreter
-
-    patch = interpreter._patch_lang_tensor
-
-    def patch_further(tensor, scope):
-        patch(tensor, scope)
-        scope.set_attr(tensor, "__index__", lambda self: self.handle.data.item())
-
-    monkeypatch.setattr(interpreter, "_patch_lang_tensor", patch_further)
 
 
 class Drawn:

@@ -1,0 +1,47 @@
+"""Times of a run on a GPU whose cache is cold, launched by the host or replayed from a graph."""
+
+from __future__ import annotations
+
+import statistics
+from collections.abc import Callable, Iterator
+
+import torch
+
+_REPEATS = 11
+
+
+class Flush:
+    """Times on a GPU whose cache holds nothing of what is timed."""
+
+    def __init__(self, device: torch.device) -> None:
+        size = 2 * torch.cuda.get_device_properties(device).L2_cache_size
+        self._other = torch.empty(size, dtype=torch.uint8, device=device)
+
+    def median(self, run: Callable[[], object]) -> float:
+        """Median seconds of a run, by CUDA events."""
+        run()
+        return statistics.median(self._times(run))
+
+    def _times(self, run: Callable[[], object]) -> Iterator[float]:
+        for _ in range(_REPEATS):
+            self._other.zero_()
+            begin, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+            begin.record()
+            run()
+            end.record()
+            end.synchronize()
+            yield begin.elapsed_time(end) / 1e3
+
+
+def graph_of(run: Callable[[], object]) -> Callable[[], object]:
+    """The same as one replay of a CUDA graph."""
+    stream, graph = torch.cuda.Stream(), torch.cuda.CUDAGraph()
+    stream.wait_stream(torch.cuda.current_stream())
+    with torch.cuda.stream(stream):
+        for _ in range(2):
+            run()
+        stream.synchronize()
+        with torch.cuda.graph(graph, stream=stream):
+            run()
+    torch.cuda.current_stream().wait_stream(stream)
+    return graph.replay
