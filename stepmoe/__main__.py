@@ -32,14 +32,19 @@ def main(argv: Sequence[str] | None = None) -> int:
     Returns:
         The exit status: 0 when the command did what was asked.
     """
-    parser = argparse.ArgumentParser(prog="python -m stepmoe")
-    parser.add_argument("--version", action="version", version=f"stepmoe {stepmoe.__version__}")
-    subparsers = parser.add_subparsers(required=True, metavar="command")
-    for command in COMMANDS:
-        command.register(subparsers)
-    args = parser.parse_args(argv)
+    args = parser().parse_args(argv)
     status: int = args.run(args)
     return status
+
+
+def parser() -> argparse.ArgumentParser:
+    """Knows every command; what it parses has the command's `run`."""
+    made = argparse.ArgumentParser(prog="python -m stepmoe")
+    made.add_argument("--version", action="version", version=f"stepmoe {stepmoe.__version__}")
+    subparsers = made.add_subparsers(required=True, metavar="command")
+    for command in COMMANDS:
+        command.register(subparsers)
+    return made
 
 
 if __name__ == "__main__":

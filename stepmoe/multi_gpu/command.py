@@ -63,7 +63,7 @@ def _run(args: argparse.Namespace) -> int:
     except ConfigError as error:
         print(f"python -m stepmoe multi-gpu: {error}", file=sys.stderr)
         return 2
-    print(_shown(setting, folder, wanted, known, left, args.minutes))
+    print(_shown(setting, folder, wanted, known, left, args))
     if args.list or not left:
         return 0
     try:
@@ -92,7 +92,7 @@ def _shown(
     wanted: Sequence[Step],
     known: Mapping[str, Record],
     left: Sequence[Step],
-    minutes: float | None,
+    args: argparse.Namespace,
 ) -> str:
     """The plan, what is left of it, and how long that will take."""
     where = f"{setting.ranks} x {setting.gpu}" if setting.gpus else "CPU ranks"
@@ -104,9 +104,11 @@ def _shown(
         record = known.get(step.name)
         state = "to do" if record is None else record.run["status"]
         time = f"{step.estimate if record is None else record.run['seconds']:5.0f} s"
-        lines += [f"  {step.name:15} {state:15} {time}   {step.what}", f"{'':19}{step.command}"]
+        lines.append(f"  {step.name:15} {state:15} {time}   {step.what}")
+        if args.list:
+            lines.append(f"{'':19}{step.typed}")
     seconds = sum(step.estimate for step in left)
-    budget = f", of which at most {minutes:g} now" if minutes is not None else ""
+    budget = f", of which at most {args.minutes:g} now" if args.minutes is not None else ""
     lines += ["", f"{len(left)} of {len(wanted)} steps left, about {seconds / 60:.0f} min{budget}."]
     return "\n".join(lines)
 

@@ -20,6 +20,7 @@ RESULT = "RESULT.json"
 RANKS = (2, 4, 8)
 # Of a GPU's memory: the rest is for activations, caches, graphs and the fused operation's windows.
 _FOR_WEIGHTS = 0.72
+_PYTEST = "python -m pytest -q -o addopts="  # the project's own ask for a plug-in
 _PUBLISHED = "--input-len 8192 --output-len 1 --chunk 16384"
 _DECODE = "--decode 1 4 16 64 256 --context 4096 --decode-steps 20"
 
@@ -81,7 +82,7 @@ class Step:
     """One part of a run, resumed as a whole.
 
     Attributes:
-        command: as one would type it; RESULT stands for the file that it writes.
+        command: RESULT stands for the file that it writes.
         estimate, limit: seconds that it will probably take, and after which it is ended.
         inside: folder that must be there, for what only a checkout has.
     """
@@ -93,9 +94,14 @@ class Step:
     limit: int
     inside: str = ""
 
+    def words(self, result: str) -> list[str]:
+        """The command that writes to the file `result`."""
+        return [result if word == RESULT else word for word in shlex.split(self.command)]
+
     @property
-    def words(self) -> list[str]:
-        return shlex.split(self.command)
+    def typed(self) -> str:
+        """The command as one would type it."""
+        return self.command.replace(RESULT, f"{self.name}.json")
 
 
 def steps_of(setting: Setting) -> list[Step]:
@@ -135,13 +141,13 @@ def _measurement(setting: Setting) -> list[Step]:
     torchrun = f"torchrun --nproc-per-node {ranks} -m stepmoe"
     prefill = f"{torchrun} prefill --shape flash --ep {setting.ep} {_PUBLISHED} --json {RESULT}"
     one = f"--prompts 40 {_DECODE}"
-    tests = f"python -m pytest -q -m cuda --record {RESULT}"
+    tests = f"{_PYTEST} -m cuda --record {RESULT}"
     smaller = [number for number in RANKS if number < ranks]
     return [
         Step("kernels", "compiles FlashInfer's and Triton's kernels, in minutes the first time",
              f"{torchrun} bench-fusion --tokens 64 --rounds 6 --json {RESULT}", 240, 900),
         Step("variants", f"tests: every variant right at tp {_up_to(ranks)}, ep, attention, graphs",
-             f"{tests} tests/cuda/test_several_gpus.py", 150, 600, "tests/cuda"),
+             f"{tests} tests/cuda/test_several_gpus.py", 200, 600, "tests/cuda"),
         Step("collectives", "collectives alone and the fused operation, 1 to 16384 tokens",
              f"{torchrun} bench-fusion --json {RESULT}", 60, 240),
         Step("prefill", f"{stack}, all variants: the published workload",
@@ -171,7 +177,7 @@ def _rehearsal(setting: Setting) -> list[Step]:
         f"--json {RESULT}"
     )
     one = "--layers 3 --prompts 2 --decode 1 3 --context 16 --decode-steps 6"
-    tests, shared = f"python -m pytest -q --record {RESULT}", setting.device == "cuda"
+    tests, shared = f"{_PYTEST} --record {RESULT}", setting.device == "cuda"
     variants = (
         'tests/cuda/test_one_gpu.py -m cuda -k "four_ranks and 2-tp"'
         if shared

@@ -110,13 +110,11 @@ def write(folder: Path, run: dict[str, Any]) -> Record:
     unfinished, file = unfinished_file_of(folder, run["step"]), file_of(folder, run["step"])
     content: dict[str, Any] = {"format": FORMAT}
     try:
-        content = json.loads(unfinished.read_text())
-    except FileNotFoundError:
-        pass
-    except ValueError:  # ended while it wrote
-        run = {**run, "status": run["status"] if run["status"] != DONE else FAILED}
-    if content["format"] == FORMAT and run["status"] == DONE:
-        run = {**run, "status": FAILED, "output": f"no result was written\n{run.get('output', '')}"}
+        content |= json.loads(unfinished.read_text())
+    except (FileNotFoundError, ValueError):  # it wrote nothing, or ended while it wrote
+        if run["status"] == DONE:
+            output = f"it wrote no whole result\n{run.get('output', '')}"
+            run = {**run, "status": FAILED, "output": output}
     content["run"] = neutral(run)
     whole = file.with_suffix(".whole")
     whole.write_text(json.dumps(content, indent=1) + "\n")

@@ -55,7 +55,7 @@ def _run(args: argparse.Namespace) -> int:
         print(f"python -m stepmoe recovery: {error}", file=sys.stderr)
         return 1
     losses, places = found
-    print(_table(losses))
+    print(losses_table(losses))
     if args.json:
         content = _with_provenance(losses, places, args)
         args.json.write_text(json.dumps(content, indent=1, allow_nan=False) + "\n")
@@ -77,7 +77,8 @@ def _check(args: argparse.Namespace) -> None:
         )
 
 
-def _table(losses: list[Loss]) -> str:
+def losses_table(losses: list[Loss]) -> str:
+    """A line for each."""
     lines = ["implementation       a rank was   error after   usable after   what was raised"]
     for loss in losses:
         if loss.refusal:
@@ -86,6 +87,12 @@ def _table(losses: list[Loss]) -> str:
         times = f"{loss.error_seconds:9.2f} s   {loss.usable_seconds:10.2f} s"
         lines.append(f"{loss.implementation:20} {loss.how:10}   {times}   {loss.ended}")
     return "\n".join(lines)
+
+
+def loss_of(row: dict[str, Any]) -> Loss:
+    """Out of the rows of a file."""
+    known: dict[str, Any] = {n: math.nan if v is None else v for n, v in row.items()}
+    return Loss(**known)
 
 
 def _with_provenance(

@@ -12,6 +12,7 @@ from stepmoe.measure import load, load_fused_ops
 from stepmoe.measure.report import aligned, throughput_table, verdict
 from stepmoe.multi_gpu.fit import Term, collective_terms, fit_link, step_terms
 from stepmoe.multi_gpu.records import Record, file_of, read
+from stepmoe.multi_gpu.recovery import loss_of, losses_table
 from stepmoe.predict import AFTER, BEFORE, BEST, Compute, compute_of_run, pooled
 
 if TYPE_CHECKING:
@@ -30,8 +31,9 @@ def report(folder: Path, compute_file: Path | None) -> str:
     Raises:
         ConfigError: no result, or a file that is none.
     """
-    names = sorted(file.stem for file in folder.glob("*.json"))
-    records = {name: record for name in names if (record := read(folder, name))}
+    found = [read(folder, file.stem) for file in folder.glob("*.json")]
+    kept = sorted((record for record in found if record), key=lambda record: record.run["date"])
+    records = {record.run["step"]: record for record in kept}
     if not records:
         raise ConfigError(f"--folder {folder}: no results in it; run the command without --report")
     return "\n\n".join(_parts(folder, records, compute_file))
@@ -44,6 +46,10 @@ def _parts(folder: Path, records: Mapping[str, Record], compute_file: Path | Non
         yield "A rehearsal: its times mean nothing, and nothing is compared with them."
         return
     done = {name for name, record in records.items() if record.done}
+    if "recovery" in done:
+        yield losses_table([loss_of(row) for row in records["recovery"].content["rows"]])
+    for name in sorted(done & {"decode", "layer-full", "layer-sliding"}):
+        yield f"{name}\n{throughput_table(load(file_of(folder, name)))}"
     fitted = None
     if "collectives" in done:
         collectives = load_fused_ops(file_of(folder, "collectives"))
@@ -107,15 +113,20 @@ def recorded_compute(file: Path, frame: pd.DataFrame) -> tuple[dict[str, Compute
 
 
 def _steps(records: Mapping[str, Record]) -> str:
-    head: tuple[str, ...] = ("step", "status", "seconds", "date")
+    head: tuple[str, ...] = ("step", "status", "seconds", "date", "tests")
     lines = [
-        (name, r.run["status"], f"{r.run['seconds']:.0f}", r.run["date"][:10])
+        (name, r.run["status"], f"{r.run['seconds']:.0f}", r.run["date"][:10], _tests(r))
         for name, r in records.items()
     ]
     first = next(iter(records.values())).run
     links = ", ".join(first["machine"].get("links", []))
     where = f"{first['setting']['ranks']} ranks, {first['setting']['gpu'] or 'CPU'}"
     return f"{where}{f', linked by {links}' if links else ''}\n{aligned([head, *lines])}"
+
+
+def _tests(record: Record) -> str:
+    total = record.content.get("total", {})
+    return ", ".join(f"{count} {outcome}" for outcome, count in total.items())
 
 
 def _headline(frame: pd.DataFrame) -> str:

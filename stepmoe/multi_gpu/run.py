@@ -14,7 +14,7 @@ from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
-from stepmoe.multi_gpu.plan import RESULT, Setting, Step
+from stepmoe.multi_gpu.plan import Setting, Step
 from stepmoe.multi_gpu.records import DONE, FAILED, TIMEOUT, Record, unfinished_file_of, write
 
 _PATIENCE = 10  # seconds that a step has to end after it was told to
@@ -87,7 +87,7 @@ def _run_step(
     result = unfinished_file_of(folder, step.name)
     result.unlink(missing_ok=True)
     begun = clock()
-    outcome = execute([str(result) if word == RESULT else word for word in step.words], limit)
+    outcome = execute(step.words(str(result)), limit)
     status = TIMEOUT if outcome.status is None else FAILED if outcome.status else DONE
     run = {
         "step": step.name,
@@ -95,7 +95,7 @@ def _run_step(
         "status": status,
         "seconds": round(clock() - begun, 1),
         "date": datetime.now(UTC).isoformat(timespec="seconds"),
-        "command": step.command.replace(RESULT, f"{step.name}.json"),
+        "command": step.typed,
         "setting": setting.identity(),
         "rehearsal": setting.rehearsal,
         "machine": dict(machine),
