@@ -66,6 +66,15 @@ class Capture:
                 copy = comm.all_gather(copy, "capture")
             self.states.setdefault(layer, {})[name] = copy.tensor.view(self._shape)
 
+    def record_layer(
+        self, comm: Communicator, layer: int, mlp_output: Placed, residual: Placed
+    ) -> None:
+        """Keep what leaves a layer: the residual is complete, the MLP's part may be pending."""
+        for name, value in (("post_attn_residual", residual), ("mlp_output", mlp_output)):
+            self.record(comm, layer, name, value)
+        states = self.states[layer]
+        states["layer_output"] = states["post_attn_residual"] + states["mlp_output"]
+
     def __getitem__(self, layer: int) -> dict[str, Tensor]:
         if layer not in self.states:
             raise KeyError(f"layer {layer} was not captured; there are {sorted(self.states)}")

@@ -1,10 +1,9 @@
-"""Step3p5ForCausalLM: embedding, a stack of one variant's layers, final norm and head."""
+"""Step3p5ForCausalLM: a stack of one variant's layers, and the head."""
 
 from __future__ import annotations
 
 from collections.abc import Sequence
 from pathlib import Path
-from typing import cast
 
 import torch
 from torch import Tensor, nn
@@ -25,37 +24,12 @@ from stepmoe.kernels.dispatch import WHY_REFERENCE, has_triton
 from stepmoe.launch.rank import rank_device
 from stepmoe.layers import layer_numbers
 from stepmoe.model.kv_cache import KVCache
-from stepmoe.model.norm import GemmaRMSNorm
 from stepmoe.parallel import ParallelConfig, TensorLayout, tensor_layouts
 from stepmoe.random_weights import draw_into, random_tensor
+from stepmoe.stack import DecoderStack
 from stepmoe.variants import DecoderLayer, Step, layer_class
 
 Variant = str | type[DecoderLayer]
-
-
-class DecoderStack(nn.Module):
-    """Embedding, decoder layers and final norm; the names are the checkpoint's `model.` prefix."""
-
-    def __init__(
-        self,
-        config: Step3p5Config,
-        parallel: ParallelConfig,
-        layer: type[DecoderLayer],
-        comm: Communicator,
-    ) -> None:
-        super().__init__()
-        # With a weight given nothing is initialised, which would import torch's compiler.
-        weight = torch.empty(config.vocab_size, config.hidden_size)
-        self.embed_tokens = nn.Embedding(config.vocab_size, config.hidden_size, _weight=weight)
-        self.layers = nn.ModuleList(
-            layer(config, parallel, index, comm) for index in range(config.num_hidden_layers)
-        )
-        self.norm = GemmaRMSNorm(config.hidden_size, config.rms_norm_eps)
-
-    @property
-    def decoder_layers(self) -> list[DecoderLayer]:
-        """The layers, as what they are: nn.ModuleList forgets the type."""
-        return cast(list[DecoderLayer], list(self.layers))
 
 
 class Step3p5ForCausalLM(nn.Module):
@@ -210,7 +184,7 @@ class Step3p5ForCausalLM(nn.Module):
         for layer in self.model.decoder_layers:
             hidden_states, residual = layer(hidden_states, residual, step)
             if capture is not None and capture.wants(layer.index):
-                self._capture_layer(capture, layer.index, hidden_states, residual)
+                capture.record_layer(self.comm, layer.index, hidden_states, residual)
         if cache is not None:
             cache.advance(length)
 
@@ -258,12 +232,3 @@ class Step3p5ForCausalLM(nn.Module):
         if self.parallel.attention == "dp" or self.layer_class.shards_residual:
             return self.comm.keep_own_tokens(whole, step.tokens_per_rank)
         return whole
-
-    def _capture_layer(
-        self, capture: Capture, index: int, mlp_output: Placed, residual: Placed
-    ) -> None:
-        """What leaves a layer: residual is complete; the MLP's part may be pending."""
-        for name, value in (("post_attn_residual", residual), ("mlp_output", mlp_output)):
-            capture.record(self.comm, index, name, value)
-        states = capture[index]
-        states["layer_output"] = states["post_attn_residual"] + states["mlp_output"]

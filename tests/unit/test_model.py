@@ -303,6 +303,6 @@ def test_a_cache_belongs_to_its_model():
 
 
 def test_capture_wants_layers_as_whole_numbers():
-    assert sm.Capture(3).layers == {3}
-    with pytest.raises(sm.ConfigError, match=r"got \[1.5\]"):
+    assert sm.Capture(3).layers == sm.Capture(iter([3])).layers == {3}
+    with pytest.raises(sm.ConfigError, match=r"a layer must be a whole number .* got 1.5"):
         sm.Capture([1.5])

@@ -8,11 +8,11 @@ from hypothesis import strategies as st
 from shapes import configs
 
 import stepmoe as sm
-from stepmoe.causal_lm import DecoderStack
 from stepmoe.comm.communicator import Communicator
 from stepmoe.comm.groups import RankGroup
 from stepmoe.model.merged import published_views
 from stepmoe.parallel import tensor_layouts
+from stepmoe.stack import DecoderStack
 from stepmoe.variants import layer_class
 
 
