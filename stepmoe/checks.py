@@ -40,14 +40,15 @@ _PER_LAYER = [
 ]
 
 
-def whole_number(name: str, value: Any, least: int = 1) -> int:
+def whole_number(name: str, value: Any, least: int = 1, most: int | None = None) -> int:
     """`value` as an int, whichever integer it is (numpy's too); ConfigError unless it is one."""
     try:
         number = index(value)
     except TypeError:
         number = least - 1
-    if isinstance(value, bool) or number < least:
-        raise ConfigError(f"{name} must be a whole number of at least {least}, got {value!r}")
+    if isinstance(value, bool) or number < least or (most is not None and number > most):
+        limits = f"of at least {least}" if most is None else f"from {least} to {most}"
+        raise ConfigError(f"{name} must be a whole number {limits}, got {value!r}")
     return number
 
 

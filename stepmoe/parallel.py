@@ -40,10 +40,8 @@ class ParallelConfig:
     simulate_rank: int | None = None
 
     def __post_init__(self) -> None:
-        for name, least in (("tp", 1), ("ep", 1), ("simulate_rank", 0)):
-            value = getattr(self, name)
-            if value is not None or name != "simulate_rank":
-                object.__setattr__(self, name, whole_number(name, value, least))
+        for name in ("tp", "ep"):
+            object.__setattr__(self, name, whole_number(name, getattr(self, name)))
         if self.tp % self.ep:
             raise ConfigError(
                 f"ep={self.ep} does not divide tp={self.tp}: "
@@ -51,11 +49,9 @@ class ParallelConfig:
             )
         if self.attention not in ("tp", "dp"):
             raise ConfigError(f"attention must be 'tp' or 'dp', got {self.attention!r}")
-        if self.simulate_rank is not None and self.simulate_rank >= self.tp:
-            raise ConfigError(
-                f"simulate_rank must be a whole number from 0 to tp - 1 = {self.tp - 1}, "
-                f"got {self.simulate_rank}"
-            )
+        if self.simulate_rank is not None:
+            rank = whole_number("simulate_rank", self.simulate_rank, least=0, most=self.tp - 1)
+            object.__setattr__(self, "simulate_rank", rank)
 
     @property
     def processes(self) -> int:
