@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from stepmoe.comm.cost import LINKS, Link, collective_time
+from stepmoe.comm.cost import LINKS, Link, collective_time, terms
 from stepmoe.errors import ConfigError
 
 
@@ -42,17 +42,39 @@ class Nodes:
         return max(1, ranks // self.per_node)
 
 
-def flat_time(operation: str, nbytes: float, ranks: int, link: Link, outer: Link) -> float:
-    """Predicted seconds of one ring through all ranks, node after node.
+def flat_time(
+    operation: str,
+    nbytes: float,
+    ranks: int,
+    ranks_per_node: int,
+    link: Link,
+    outer: Link,
+    ports: int = 1,
+) -> float:
+    """Predicted seconds of rings through all ranks, node after node.
 
-    A ring goes as fast as its slowest hop: in every step each rank waits for what its neighbour
-    sends, and one hop of each node leaves it. So all N - 1 steps of a half take what that hop takes
-    (Patarasuk and Yuan, 2009, number the ranks so that a ring crosses no link twice one way).
-    The other ranks' ports to the network stay unused.
+    A chunk passes on as soon as it arrives, so the latencies of its hops add up, of which one in m
+    leaves the node; the bytes flow as fast as the narrowest place lets them. (So does NCCL add up
+    its rings, src/graph/tuning.cc, with one hop between nodes fewer a half.)
+
+    Args:
+        ranks: of all nodes; ranks_per_node (m) divides it.
+        link: within a node; outer: between nodes, one rank's port.
+        ports: rings, each with an equal part of the tensor, that leave a node through a port of
+            their own. NCCL makes as many as there are ports.
+
+    Raises:
+        ConfigError: nodes that are not full, or more ports than ranks on a node.
     """
-    step = nbytes / ranks
-    slowest = max((link, outer), key=lambda one: one.latency + step / one.bandwidth)
-    return collective_time(operation, nbytes, ranks, slowest)
+    nodes = Nodes(ranks_per_node, outer).count(ranks)
+    if not 1 <= ports <= ranks_per_node:
+        raise ConfigError(f"ports={ports} must be from 1 to the {ranks_per_node} ranks of a node")
+    steps, sent = terms(operation, nbytes, ranks)
+    crossing = -(-steps // ranks_per_node) if nodes > 1 else 0
+    latency = (steps - crossing) * link.latency + crossing * outer.latency
+    inside = sent / link.bandwidth if ranks_per_node > 1 else 0.0
+    between = sent / ports / outer.bandwidth if nodes > 1 else 0.0
+    return latency + max(inside, between)
 
 
 def hierarchical_time(
@@ -93,11 +115,13 @@ def hierarchical_time(
 def time_over_nodes(
     operation: str, nbytes: float, ranks: int, link: Link, nodes: Nodes, algorithm: str = "ring"
 ) -> tuple[float, str]:
-    """Predicted seconds and the name of what runs: `algorithm` on one node, "hierarchical" on
-    several. Where the link between nodes is the slower one, that is never slower than one ring
-    through all: as many bytes in fewer steps, and fewer of them over the slow link."""
+    """Predicted seconds and the name of what runs: `algorithm` on one node; on several the faster
+    of "hierarchical", which has the fewer steps, and "rings", one a port, whose bytes flow within
+    and between nodes at once."""
     if nodes.count(ranks) == 1:
         return collective_time(operation, nbytes, ranks, link, algorithm), algorithm
-    within, outer = nodes.per_node, nodes.between
-    seconds = hierarchical_time(operation, nbytes, ranks, within, link, outer, algorithm)
-    return seconds, "hierarchical"
+    m, outer = nodes.per_node, nodes.between
+    return min(
+        (hierarchical_time(operation, nbytes, ranks, m, link, outer, algorithm), "hierarchical"),
+        (flat_time(operation, nbytes, ranks, m, link, outer, ports=m), "rings"),
+    )

@@ -5,13 +5,11 @@ from dataclasses import replace
 import numpy as np
 import pytest
 import torch
-from hypothesis import given
-from hypothesis import strategies as st
 from test_charts import check_legible
 
 import stepmoe as sm
 from stepmoe import charts, scaling
-from stepmoe.comm.cost import LINKS, OPERATIONS, Link, collective_time
+from stepmoe.comm.cost import LINKS, Link, collective_time, terms
 from stepmoe.comm.layer_cost import Machine
 from stepmoe.comm.nodes import Nodes, flat_time, hierarchical_time, time_over_nodes
 from stepmoe.kernels.permute import sort_by_expert
@@ -50,8 +48,50 @@ def walk(values, ring, per_node, is_gather):
     return seconds, max(out.values())
 
 
+def run_ring(nodes, per_node, chunk, steps, link, outer):
+    """Seconds of one ring in which every rank passes a chunk on as soon as it can."""
+    n = nodes * per_node
+    hops = [outer if rank % per_node == per_node - 1 else link for rank in range(n)]
+    free, arrived = [0.0] * n, [0.0] * n
+    for _ in range(steps):
+        starts = [max(free[rank], arrived[rank]) for rank in range(n)]
+        free = [start + chunk / hop.bandwidth for start, hop in zip(starts, hops, strict=True)]
+        there = [done + hop.latency for done, hop in zip(free, hops, strict=True)]
+        arrived = [there[rank - 1] for rank in range(n)]
+    return max(arrived)
+
+
+@pytest.mark.parametrize(("nodes", "per_node"), [(2, 4), (3, 2), (4, 8)])
+def test_a_ring_over_nodes_as_it_runs(nodes, per_node):
+    n, size = nodes * per_node, 1000.0
+    for operation, halves in (("all_reduce", 2), ("all_gather", 1)):
+        steps = halves * (n - 1)
+
+        def both(link, outer, nbytes, operation=operation, steps=steps):
+            predicted = flat_time(operation, nbytes, n, per_node, link, outer)
+            return predicted, run_ring(nodes, per_node, nbytes / n, steps, link, outer)
+
+        # Without bytes the latencies of the longest way, without latency the narrowest place.
+        predicted, ran = both(IN, OUT, 0.0)
+        assert predicted == pytest.approx(ran)
+        predicted, ran = both(replace(IN, latency=0), replace(OUT, latency=0), size)
+        assert (
+            predicted * (1 - 1e-9) <= ran <= 1.2 * predicted
+        )  # and a last chunk's way inside its node
+        # With both: the ring's own overlap is at best what the formula adds up.
+        predicted, ran = both(IN, OUT, size)
+        assert 0.5 * predicted < ran < 1.2 * predicted
+    # A ring a port carries its part as one ring carries the whole.
+    one, all_ports = (
+        flat_time("all_reduce", size, n, per_node, replace(IN, bandwidth=1e9), OUT, ports)
+        for ports in (1, per_node)
+    )
+    start = flat_time("all_reduce", 0.0, n, per_node, IN, OUT)
+    assert one - start == pytest.approx(per_node * (all_ports - start))
+
+
 @pytest.mark.parametrize(("nodes", "per_node"), [(2, 4), (3, 2), (4, 4)])
-def test_over_nodes_as_the_algorithms_walk(nodes, per_node):
+def test_by_parts_as_the_algorithm_walks(nodes, per_node):
     n = nodes * per_node
     size = 5 * n * per_node
     given = np.random.default_rng().integers(0, 99, (n, size))
@@ -60,8 +100,6 @@ def test_over_nodes_as_the_algorithms_walk(nodes, per_node):
     flat = [row.copy() for row in given]
     halves = [walk(flat, list(range(n)), per_node, is_gather) for is_gather in (0, 1)]
     assert all((row == total).all() for row in flat)
-    walked = sum(seconds for seconds, _ in halves)
-    assert flat_time("all_reduce", size, n, IN, OUT) == pytest.approx(walked)
     flat_out = sum(sent for _, sent in halves)
 
     values = [row.copy() for row in given]
@@ -82,37 +120,34 @@ def test_over_nodes_as_the_algorithms_walk(nodes, per_node):
     assert flat_out == 2 * (n - 1) * size // n
 
 
-def test_one_node_has_no_hierarchy():
-    nodes = Nodes(4, OUT)
+def test_the_faster_form_is_taken():
+    outer = replace(OUT, bandwidth=1.0)
+    nodes = Nodes(4, outer)
     assert time_over_nodes("all_reduce", 800, 4, IN, nodes, "two_shot") == (
         collective_time("all_reduce", 800, 4, IN, "two_shot"),
         "two_shot",
     )
-    assert time_over_nodes("all_gather", 800, 8, IN, nodes) == (
-        hierarchical_time("all_gather", 800, 8, 4, IN, OUT),
-        "hierarchical",
-    )
+    # Few bytes: few steps. Many: within and between nodes at once.
+    for nbytes, name in ((8.0, "hierarchical"), (8e4, "rings")):
+        seconds, how = time_over_nodes("all_gather", nbytes, 8, IN, nodes)
+        assert how == name
+        forms = (
+            hierarchical_time("all_gather", nbytes, 8, 4, IN, outer),
+            flat_time("all_gather", nbytes, 8, 4, IN, outer, ports=4),
+        )
+        assert seconds == min(forms)
 
 
-SPEED = st.floats(1e-3, 1e3)
-
-
-@given(
-    operation=st.sampled_from(OPERATIONS),
-    nbytes=st.floats(0, 1e6),
-    nodes=st.integers(2, 8),
-    per_node=st.integers(1, 8),
-    constants=st.tuples(SPEED, SPEED, SPEED, SPEED),
-)
-def test_a_hierarchy_is_never_slower_than_one_ring(operation, nbytes, nodes, per_node, constants):
-    a, b, c, d = constants
-    link, outer, n = Link("in", a, b, ""), Link("out", c, d, ""), nodes * per_node
-    flat = flat_time(operation, nbytes, n, link, outer)
-    seconds = hierarchical_time(operation, nbytes, n, per_node, link, outer)
-    # The slowest hop of the flat ring is slower in latency plus transfer of S/N, and a hierarchy's
-    # hops carry up to S/m: compare where the slow link is slow in both.
-    if (a <= c) == (b >= d):
-        assert seconds <= flat * (1 + 1e-9)
+def test_bus_bandwidth_of_four_nodes_is_near_the_published():
+    """32 H100s, 8 a node, 3.2 Tb/s of InfiniBand a node: 331 GB/s (Voltage Park and AI @ Georgia
+    Tech, repository aigatech/vpbenchmarking, NCCL 2.24). The wires' 50 GB/s a port are 400: a port
+    really carries 46 to 48 (NVIDIA in nccl-tests #290), and NCCL loses some; a quarter is the most
+    that the model may be off."""
+    size = 8 * 2**30
+    link = LINKS["nccl_sm90"]
+    seconds, how = time_over_nodes("all_reduce", size, 32, link, Nodes(8), "pipelined")
+    assert how == "rings"
+    assert terms("all_reduce", size, 32)[1] / seconds == pytest.approx(331e9, rel=0.25)
 
 
 @pytest.mark.parametrize("tp", [4, 64])
@@ -292,6 +327,7 @@ def test_sliders_move_the_scaled_step():
     [
         (lambda: Nodes(0), "per_node=0"),
         (lambda: Nodes(8).count(12), "do not fill nodes of 8"),
+        (lambda: flat_time("all_reduce", 1, 16, 8, IN, OUT, ports=9), "ports=9"),
         (lambda: Rule(factor=0), "factor=0"),
         (lambda: Rule(imbalance=0.9), "imbalance=0.9"),
         (lambda: scaled_step(FLASH, "ring", 1, 8), "'ring'"),

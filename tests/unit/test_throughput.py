@@ -7,7 +7,7 @@ import torch
 
 import stepmoe as sm
 from stepmoe.__main__ import main
-from stepmoe.measure import Workload, compare_throughput, load, save
+from stepmoe.measure import Workload, compare_throughput, decoding, load, save
 from stepmoe.measure.workload import Batch
 
 TINY = sm.Step3p5Config.tiny()
@@ -140,3 +140,14 @@ def test_some_real_layers_by_the_command(tmp_path, capsys):
     assert "--weights" in attrs["command"]
     assert main([*words.split(), "--routing", "skewed"]) == 2
     assert "a checkpoint has its own" in capsys.readouterr().err
+
+
+def test_decoded_sequences_have_tokens_of_their_own(monkeypatch):
+    """Equal tokens would choose equal experts, and decode steps would read too few weights."""
+    seen = []
+    step = decoding._step
+    monkeypatch.setattr(decoding, "_step", lambda *args: seen.append(args[-1]) or step(*args))
+    work = Workload(input_len=8, prompts=1, chunk=8, decode=(6,), context=4, decode_steps=1)
+    compare_throughput(TINY, ["fused"], work, parallel=ALONE)
+    assert seen
+    assert all(len(tokens.unique()) > 3 for tokens in seen)
