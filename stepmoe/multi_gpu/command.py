@@ -8,7 +8,14 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 from stepmoe.errors import ConfigError
-from stepmoe.multi_gpu.machine import NEEDS, assumed_setting, describe_machine, setting_here
+from stepmoe.multi_gpu.machine import (
+    NEEDS,
+    assumed_setting,
+    check_packages,
+    describe_machine,
+    remarks,
+    setting_here,
+)
 from stepmoe.multi_gpu.plan import RANKS, Setting, Step, check_places, choose, steps_of
 from stepmoe.multi_gpu.records import Record, check_folder, read_all
 from stepmoe.multi_gpu.report import report
@@ -59,6 +66,7 @@ def _run(args: argparse.Namespace) -> int:
         left = [s for s in wanted if s.name not in known or not known[s.name].done]
         if not args.list:
             check_places(left)
+            check_packages(left)
             check_folder(folder)
     except ConfigError as error:
         print(f"python -m stepmoe multi-gpu: {error}", file=sys.stderr)
@@ -109,7 +117,11 @@ def _shown(
             lines.append(f"{'':19}{step.typed}")
     seconds = sum(step.estimate for step in left)
     budget = f", of which at most {args.minutes:g} now" if args.minutes is not None else ""
-    lines += ["", f"{len(left)} of {len(wanted)} steps left, about {seconds / 60:.0f} min{budget}."]
+    lines += [
+        "",
+        *remarks(setting),
+        f"{len(left)} of {len(wanted)} steps left, about {seconds / 60:.0f} min{budget}.",
+    ]
     return "\n".join(lines)
 
 

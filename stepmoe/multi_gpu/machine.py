@@ -2,16 +2,18 @@
 
 from __future__ import annotations
 
+import importlib.util
 import os
 import re
 import subprocess
+from collections.abc import Sequence
 from typing import Any
 
 import torch
 
 from stepmoe.errors import ConfigError
 from stepmoe.measure.environment import cpu_model, versions
-from stepmoe.multi_gpu.plan import RANKS, Setting
+from stepmoe.multi_gpu.plan import RANKS, Setting, Step
 from stepmoe.probe import Probe
 
 _QUERY = (
@@ -22,6 +24,12 @@ _QUERY = (
     "clocks.max.mem",
     "power.limit",
 )
+# What a command of the plan imports beyond the library's own needs, by a word of it.
+_PACKAGES = {
+    "pytest": ("pytest", "ipyparallel", "cloudpickle"),
+    "recovery": ("ipyparallel", "cloudpickle"),
+    "prefill": ("pandas", "scipy"),
+}
 _SETTINGS = ("NCCL_", "TORCH_SYMM_MEM", "TORCH_SYMMMEM", "NVSHMEM_", "CUDA_VISIBLE_DEVICES")
 NEEDS = (
     "2, 4 or 8 NVIDIA GPUs of one host, which NVLink connects (8 H100 or H200 for all of the "
@@ -62,6 +70,28 @@ def setting_here(ranks: int | None, device: str, shape: str) -> Setting:
 def assumed_setting(ranks: int) -> Setting:
     """To show the plan where there are no GPUs: 8 GPUs of an H100's memory."""
     return Setting(_checked(ranks), "cuda", "flash", ranks, "a GPU of 80 GB", 80 * 10**9)
+
+
+def check_packages(steps: Sequence[Step]) -> None:
+    """Raise ConfigError, naming them, where packages that these steps import are not installed."""
+    needed = {
+        package
+        for step in steps
+        for word, packages in _PACKAGES.items()
+        if word in step.command.split()
+        for package in packages
+    }
+    if missing := sorted(name for name in needed if importlib.util.find_spec(name) is None):
+        raise ConfigError(
+            f"{', '.join(missing)}: not installed; pip install 'stepmoe[notebooks,test,cuda]'"
+        )
+
+
+def remarks(setting: Setting) -> list[str]:
+    """What this machine's results will lack, before anything is run."""
+    if setting.rehearsal or importlib.util.find_spec("flashinfer") is not None:
+        return []
+    return ["FlashInfer is not installed, and will be missing: pip install 'stepmoe[cuda]'"]
 
 
 def describe_machine(setting: Setting) -> dict[str, Any]:

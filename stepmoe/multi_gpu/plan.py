@@ -188,7 +188,7 @@ def _rehearsal(setting: Setting) -> list[Step]:
         Step("variants", "tests: some layouts of every variant on four ranks",
              f"{tests} {variants}", 60, 240, "tests"),
         Step("collectives", "collectives alone and the fused operation, a few tokens",
-             f"{torchrun} bench-fusion --rehearse {device} --hidden 64 --tokens 1 3 --rounds 6 "
+             f"{torchrun} bench-fusion --rehearse {device} --hidden 64 --tokens 3 --rounds 6 "
              f"--json {RESULT}", 20, 180),
         Step("prefill", "the tiny model, all variants", f"{prefill} --prompts 12", 20, 180),
         Step("decode", "the tiny model, all variants: decode",

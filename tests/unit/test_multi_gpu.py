@@ -208,6 +208,15 @@ def test_what_only_a_checkout_has_is_asked_for(monkeypatch, capsys, tmp_path):
     assert os.listdir(tmp_path) == []
 
 
+def test_missing_packages_are_named_at_once(monkeypatch, capsys, tmp_path):
+    monkeypatch.setattr(machine.importlib.util, "find_spec", lambda name: None)
+    words = ["--device", "cpu", "--shape", "tiny", "--folder", str(tmp_path / "x")]
+    assert main(["multi-gpu", *words, "--only", "prefill", "recovery"]) == 2
+    assert "cloudpickle, ipyparallel, pandas, scipy: not installed" in capsys.readouterr().err
+    assert main(["multi-gpu", "--list"]) == 0
+    assert "FlashInfer is not installed, and will be missing" in capsys.readouterr().out
+
+
 def test_the_plan_can_be_seen_anywhere(monkeypatch, capsys, tmp_path):
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
     assert main(["multi-gpu", "--list", "--ranks", "4", "--folder", str(tmp_path)]) == 0
