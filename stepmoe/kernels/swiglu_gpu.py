@@ -7,7 +7,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-ENTRIES, WARPS = 4096, 4  # of one program
+ENTRIES, WARPS = 2048, 4  # of one program
 
 
 def clamped_swiglu(gate_up: Tensor, limit: float | None, num_rows: Tensor | None = None) -> Tensor:
