@@ -6,7 +6,6 @@ import argparse
 import json
 import shlex
 import sys
-from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
@@ -69,13 +68,15 @@ def _check(args: argparse.Namespace) -> None:
 
 def measure(args: argparse.Namespace, parallel: ParallelConfig) -> dict[str, Any]:
     """Everything the arguments ask for, as what is kept in a file."""
-    from stepmoe.measure.environment import describe, look_around
+    from stepmoe.measure.environment import look_around, provenance
     from stepmoe.measure.layer_floor import Stack, measured_chip
     from stepmoe.measure.layer_record import layer_record
     from stepmoe.measure.peer import peer_seconds, peer_version
 
     config, device = Step3p5Config.flash(), torch.device("cuda")
-    place = look_around(device)
+    where = provenance([look_around(device)])
+    if args.peer:
+        where["versions"]["transformers"] = peer_version()
     chip = measured_chip(device)
     batch, length = args.prefill
     layers = []
@@ -95,9 +96,7 @@ def measure(args: argparse.Namespace, parallel: ParallelConfig) -> dict[str, Any
     return {
         "format": FORMAT,
         "command": shlex.join(["python", "-m", "stepmoe", *sys.argv[1:]]),
-        "date": datetime.now(UTC).isoformat(timespec="seconds"),
-        "hardware": describe([place]),
-        "versions": place.versions | ({"transformers": peer_version()} if args.peer else {}),
+        **where,
         "parallel": {"tp": parallel.tp, "ep": parallel.ep, "simulate_rank": parallel.simulate_rank},
         "variant": args.variant,
         "dtype": "bfloat16",

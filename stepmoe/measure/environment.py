@@ -9,6 +9,7 @@ import sys
 from dataclasses import asdict, dataclass
 from datetime import UTC, datetime
 from pathlib import Path
+from typing import Any
 
 import torch
 import torch.distributed as dist
@@ -73,14 +74,25 @@ def describe(places: list[Place]) -> dict[str, object]:
     }
 
 
-def attributes(places: list[Place], dtype: object, parallel: ParallelConfig) -> dict[str, object]:
-    """What every measurement says of itself, in its frame's `attrs`."""
+def provenance(places: list[Place]) -> dict[str, Any]:
+    """On what, with what and when: what every measurement says of itself, from every rank's place.
+
+    Returns:
+        hardware, versions, and the date now in UTC.
+    """
     return {
-        "recorded": False,
         "hardware": describe(places),
         "versions": places[0].versions,
-        "dtype": str(dtype).removeprefix("torch."),
         "date": datetime.now(UTC).isoformat(timespec="seconds"),
+    }
+
+
+def attributes(places: list[Place], dtype: object, parallel: ParallelConfig) -> dict[str, Any]:
+    """`provenance` of a measurement of a model, with dtype and layout, for a frame's `attrs`."""
+    return {
+        "recorded": False,
+        **provenance(places),
+        "dtype": str(dtype).removeprefix("torch."),
         "parallel": asdict(parallel),
     }
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import datetime
 import json
 from pathlib import Path
 from typing import Any
@@ -11,7 +10,7 @@ import torch
 
 from stepmoe.comm.cost import LINKS
 from stepmoe.errors import ConfigError
-from stepmoe.measure.environment import Place, describe
+from stepmoe.measure.environment import Place, provenance
 from stepmoe.measure.fused_ops import REHEARSED_IN, TIMED_IN, Timing, wire_floor
 
 FORMAT = "stepmoe fused operation 1"
@@ -40,10 +39,8 @@ def with_provenance(
     return {
         "format": FORMAT,
         "recorded": False,
-        "date": datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
+        **provenance(places),
         "command": command,
-        "hardware": describe(places),
-        "versions": places[0].versions,
         "dtype": str(dtype).removeprefix("torch."),
         "hidden_size": hidden_size,
         "timed_in": REHEARSED_IN if rehearsal else TIMED_IN,

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import asdict
-from datetime import UTC, datetime
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -12,7 +11,7 @@ import torch
 
 from stepmoe.launch import Ranks
 from stepmoe.measure import statistics
-from stepmoe.measure.environment import describe
+from stepmoe.measure.environment import attributes
 from stepmoe.measure.frame import against_baseline, plain
 from stepmoe.measure.latency import check_world, ranks_in, run_everywhere
 from stepmoe.measure.serving import RankThroughput, run_workload
@@ -171,14 +170,9 @@ def _full_steps(work: Workload, seconds: list[float]) -> list[float]:
 def _attributes(plan: ThroughputPlan, records: list[RankThroughput]) -> dict[str, Any]:
     first = records[0]
     return {
-        "recorded": False,
-        "hardware": describe([record.place for record in records]),
+        **attributes([record.place for record in records], plan.dtype, plan.parallel),
         "chip": asdict(first.chip) if first.chip else None,
-        "versions": first.place.versions,
-        "dtype": str(plan.dtype).removeprefix("torch."),
         "seed": plan.seed,
-        "date": datetime.now(UTC).isoformat(timespec="seconds"),
-        "parallel": asdict(plan.parallel),
         "config": plain(asdict(plan.config)),
         "layers": plain(plan.layers),
         "workload": plain(asdict(plan.workload)),

@@ -6,7 +6,6 @@ import json
 import os
 import tempfile
 from dataclasses import asdict, dataclass
-from datetime import UTC, datetime
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -20,7 +19,7 @@ from stepmoe.comm.ledger import Ledger
 from stepmoe.config import Step3p5Config
 from stepmoe.errors import ConfigError
 from stepmoe.launch import Ranks, rank_device
-from stepmoe.measure.environment import Place, describe, look_around
+from stepmoe.measure.environment import Place, look_around, provenance
 from stepmoe.measure.latency import check_world, ranks_in, run_everywhere
 from stepmoe.measure.traces import FORWARD, events_of, merged
 from stepmoe.parallel import ParallelConfig
@@ -147,26 +146,19 @@ def _profile_here(
 def _profile_of(found: list[RankTrace], variant: str, dtype: str) -> Profile:
     import pandas as pd
 
-    hardware = describe([rank.place for rank in found])
+    where = provenance([rank.place for rank in found])
     events = pd.DataFrame(
         [
             {"rank": number, **asdict(event)}
             for number, rank in enumerate(found)
             for event in events_of(
                 rank.trace,
-                str(hardware["device"]),
+                str(where["hardware"]["device"]),
                 rank.collectives,
                 host_waits=rank.place.backend == "gloo",
             )
         ]
     )
     events["start"] -= events["start"].min()
-    attrs = {
-        "variant": variant,
-        "hardware": hardware,
-        "versions": found[0].place.versions,
-        "dtype": dtype,
-        "date": datetime.now(UTC).isoformat(timespec="seconds"),
-        "recorded": False,
-    }
+    attrs = {"variant": variant, "dtype": dtype, "recorded": False, **where}
     return Profile(events, attrs, [rank.trace for rank in found])

@@ -7,7 +7,6 @@ import json
 import math
 import sys
 from dataclasses import asdict
-from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
@@ -16,7 +15,7 @@ from stepmoe.comm.fusion import IMPLEMENTATIONS
 from stepmoe.errors import ConfigError
 from stepmoe.launch import Ranks
 from stepmoe.launch.rank import DEVICES, check_device
-from stepmoe.measure.environment import Place, describe
+from stepmoe.measure.environment import Place, provenance
 from stepmoe.measure.recovery import Loss, measure_recovery
 
 FORMAT = "stepmoe recovery 1"
@@ -107,10 +106,8 @@ def _with_provenance(
     }
     return {
         "format": FORMAT,
-        "date": datetime.now(UTC).isoformat(timespec="seconds"),
+        **provenance(places),
         "command": command.command_line("recovery", options),
-        "hardware": describe(places),
-        "versions": places[0].versions,
         "rows": [
             {
                 name: None if isinstance(value, float) and math.isnan(value) else value

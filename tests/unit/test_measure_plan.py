@@ -2,14 +2,16 @@
 
 from __future__ import annotations
 
+import json
 import math
+from datetime import UTC, datetime, timedelta
 
 import numpy as np
 import pytest
 import torch
 
 import stepmoe as sm
-from stepmoe.measure.environment import cpu_model, last_level_cache
+from stepmoe.measure.environment import cpu_model, last_level_cache, look_around, provenance
 from stepmoe.measure.plan import Case, Plan
 from stepmoe.measure.rounds import build_models, copy_of, make_inputs, steps_of
 from stepmoe.measure.statistics import NO_DIFFERENCE, gain, interval_of_median, speedup
@@ -139,6 +141,16 @@ def test_the_machine_is_described():
     assert size >= 2**18
     assert source
     assert cpu_model()
+
+
+def test_where_something_was_measured_needs_no_layout():
+    """Five measurements wrote the same three lines themselves, because theirs has none."""
+    place = look_around(torch.device("cpu"))
+    where = provenance([place, place])
+    assert where["hardware"]["ranks"] == 2
+    assert where["versions"]["torch"] == torch.__version__
+    assert datetime.now(UTC) - datetime.fromisoformat(where["date"]) < timedelta(minutes=1)
+    assert place.host not in json.dumps(where)
 
 
 def noisy(rounds, slower=1.0, seed=0):
