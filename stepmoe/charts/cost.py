@@ -16,6 +16,7 @@ from stepmoe.charts.style import (
     INK,
     OTHER,
     PAPER,
+    label_end,
     new_figure,
     readable_bytes,
     style,
@@ -204,14 +205,7 @@ def _floors(axes: Axes, sub_layers: Sequence[SubLayer], chip: Chip) -> None:
             edgecolor=INK,
             lw=0.6,
         )
-        axes.annotate(
-            f"{_three(floor)} µs, {sub.bound(chip)}",
-            (floor, row),
-            (5, 0),
-            textcoords="offset points",
-            size=10,
-            va="center",
-        )
+        label_end(axes, floor, row, f"{_three(floor)} µs, {sub.bound(chip)}")
     names = [f"{sub.name}  {row + 1}" for row, sub in enumerate(sub_layers)]
     axes.set(yticks=range(len(names)), yticklabels=names, ylim=(len(names) - 0.4, -0.6))
     axes.set(xlabel="floor, µs", xlim=(0, max(floors)), xticks=[0, float(f"{max(floors):.1g}")])

@@ -27,7 +27,7 @@ from stepmoe.charts.panels import (
     name_rows,
 )
 from stepmoe.charts.runs import spread
-from stepmoe.charts.style import FAINT, INK, PAPER
+from stepmoe.charts.style import FAINT, INK, PAPER, label_end
 from stepmoe.errors import ConfigError
 from stepmoe.measure.plan import BASELINE
 from stepmoe.measure.report import title_of, unit_for
@@ -187,14 +187,7 @@ def _stacks(axes: Axes, cell: list[dict[str, Any]], *, named: bool) -> None:
         for name, look in PARTS.items():
             axes.barh(place, row[name] * factor, left=left, height=0.66, **look)
             left += row[name] * factor
-        axes.annotate(
-            f"{left:.{1 if left < 100 else 0}f}",
-            (left, place),
-            (4, 0),
-            textcoords="offset points",
-            size=10,
-            va="center",
-        )
+        label_end(axes, left, place, f"{left:.{1 if left < 100 else 0}f}")
     name_rows(axes, cell, named=named)
     axes.xaxis.set_major_locator(MaxNLocator(5))
     axes.set_title(title_of(cell[0]), loc="left", size=11.5)

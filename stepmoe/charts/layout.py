@@ -152,7 +152,11 @@ def _rows(config: Step3p5Config, parallel: ParallelConfig, layer: int) -> list[_
             ("key-value heads", "self_attn.k_proj.weight", settings.num_kv_heads),
         ):
             yield _Row(
-                title, f"{count} of size {dim}", "attention", parts(tensor, 0, dim), (count, 1)
+                title,
+                f"{count} of size {dim}",
+                "attention",
+                parts(tensor, 0, dim),
+                (count, 1),
             )
         if not settings.is_moe:
             name = "mlp.gate_proj.weight"
@@ -163,7 +167,7 @@ def _rows(config: Step3p5Config, parallel: ParallelConfig, layer: int) -> list[_
         experts, size, _ = whole(name).shape
         yield _Row(
             "routed experts",
-            f"{experts} of {size} rows",
+            f"{experts} × {size} rows",
             "experts",
             parts(name, 0),
             (experts, size),

@@ -136,6 +136,11 @@ def text_width(text: Text) -> float:
     return text.get_window_extent().width / figure.dpi
 
 
+def label_end(axes: Axes, x: float, y: float, words: str) -> None:
+    """Words to the right of the end of a bar or line, in data coordinates."""
+    axes.annotate(words, (x, y), (4, 0), textcoords="offset points", size=10, va="center")
+
+
 def name_of(op: str) -> str:
     """A step's name in words."""
     return NAMES.get(op, op)

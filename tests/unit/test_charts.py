@@ -404,6 +404,7 @@ def test_layout_says_who_holds_what() -> None:
     # 24 query heads: 3 a rank; 4 key-value heads: each on two ranks; 16 experts: 4 on each pair of
     # ranks, which cut their 64 rows in two; shared expert: 8 of 64 rows a rank.
     assert "9\u201311" in shown
+    assert "16 × 64 rows" in shown  # "16 of 64 rows" read as a part of 64
     assert shown.count("12\u201315") == 2  # experts of ranks 6 and 7
     assert shown.count("rows 0\u201331") == shown.count("rows 32\u201363") == 4
     assert "56\u201363" in shown
