@@ -14,8 +14,10 @@ from stepmoe.comm.fusion import (
     TRITON_FASTER_FROM_BYTES,
     Place,
     choose,
+    flashinfer_path,
     force,
 )
+from stepmoe.comm.groups import RankGroup
 from stepmoe.measure import load_fused_ops
 
 BF16, FP16, FP32, FP64 = torch.bfloat16, torch.float16, torch.float32, torch.float64
@@ -117,3 +119,11 @@ def test_every_implementation_has_its_requirements():
 def test_an_unknown_demand_is_refused_before_any_call():
     with pytest.raises(sm.ConfigError, match="force\\('nccl'\\): use one of unfused, triton"):
         force("nccl").__enter__()
+
+
+def test_flashinfer_is_refused_where_its_offsets_would_overflow():
+    """8 ranks x 16384 tokens x 4096 in bfloat16 are 1 GiB a buffer, the third begins at 2 GiB."""
+    row = torch.empty(1, 4096, dtype=BF16)
+    for ranks, capacity, overflows in ((8, 16384, True), (8, 8192, False), (2, 16384, False)):
+        problem = flashinfer_path._problem(RankGroup("tp", tuple(range(ranks))), capacity, row)
+        assert ("offsets in its buffers exceed 32 bits" in problem) == overflows

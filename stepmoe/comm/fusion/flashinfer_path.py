@@ -119,6 +119,11 @@ def _adds_one() -> bool:
 
 def _problem(group: RankGroup, capacity: int, partial: Tensor) -> str:
     """What keeps this rank from opening a workspace; compiles FlashInfer's module if need be."""
+    # One shot uses three buffers in turn, and clears the last of them at 2 x their size, an int
+    # (clear_buf in FlashInfer's trtllm_allreduce_fusion.cuh).
+    each = group.size * capacity * partial.shape[1] * partial.dtype.itemsize
+    if 2 * each >= 1 << 31:
+        return f"{capacity} tokens on {group.size} ranks: offsets in its buffers exceed 32 bits"
     try:
         from flashinfer.comm.trtllm_ar import get_trtllm_comm_module
 
@@ -128,7 +133,7 @@ def _problem(group: RankGroup, capacity: int, partial: Tensor) -> str:
         text = str(error).splitlines()
         return f"{type(error).__name__}: {text[0] if text else ''}"
     # Three Lamport buffers and one for two shots, each of a tensor for every rank.
-    needed = 4 * group.size * capacity * partial.shape[1] * partial.dtype.itemsize
+    needed = 4 * each
     if needed > free:
         return f"the workspace needs {needed >> 20} MiB, {free >> 20} MiB are free"
     return ""
