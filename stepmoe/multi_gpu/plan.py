@@ -140,6 +140,7 @@ def _measurement(setting: Setting) -> list[Step]:
     )
     torchrun = f"torchrun --nproc-per-node {ranks} -m stepmoe"
     prefill = f"{torchrun} prefill --shape flash --ep {setting.ep} {_PUBLISHED} --json {RESULT}"
+    work = round(240 * 8 / ranks * layers / 45)  # seconds of the published workload
     one = f"--prompts 40 {_DECODE}"
     tests = f"{_PYTEST} -m cuda --record {RESULT}"
     smaller = [number for number in RANKS if number < ranks]
@@ -151,7 +152,7 @@ def _measurement(setting: Setting) -> list[Step]:
         Step("collectives", "collectives alone and the fused operation, 1 to 16384 tokens",
              f"{torchrun} bench-fusion --json {RESULT}", 60, 240),
         Step("prefill", f"{stack}, all variants: the published workload",
-             f"{prefill} --prompts 200{some}", 240, 600),
+             f"{prefill} --prompts 200{some}", work, 3 * work),
         Step("decode", f"{stack}, all variants: decode at batch 1 to 256",
              f"{prefill} --prompts 2 {_DECODE}{some}", 120, 400),
         Step("layer-full", "one layer with full attention: prefill and decode",

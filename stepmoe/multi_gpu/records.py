@@ -115,12 +115,13 @@ def write(folder: Path, run: dict[str, Any]) -> Record:
         if run["status"] == DONE:
             output = f"it wrote no whole result\n{run.get('output', '')}"
             run = {**run, "status": FAILED, "output": output}
-    content["run"] = neutral(run)
+    run = {**run, **{name: neutral(run[name]) for name in ("machine", "output") if name in run}}
+    content["run"] = run
     whole = file.with_suffix(".whole")
     whole.write_text(json.dumps(content, indent=1) + "\n")
     whole.replace(file)
     unfinished.unlink(missing_ok=True)
-    return Record(content["run"], content)
+    return Record(run, content)
 
 
 def neutral(value: Any) -> Any:
@@ -131,7 +132,8 @@ def neutral(value: Any) -> Any:
         return [neutral(item) for item in value]
     if not isinstance(value, str):
         return value
-    value = value.replace(f"{Path.cwd()}{os.sep}", "").replace(socket.gethostname(), "HOST")
+    value = value.replace(f"{Path.cwd()}{os.sep}", "")
+    value = re.sub(rf"\b{re.escape(socket.gethostname())}\b", "HOST", value)
     return re.sub(r"(?<![\w.])(/[\w.+-]+)+/(?=[\w.+-])", ".../", value)
 
 
