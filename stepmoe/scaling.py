@@ -4,9 +4,9 @@
                  rank of eight was (`rule_of`); taken to be the same for every size: modelled
     the rest     collectives, adds, norms and their launches (stepmoe.comm.layer_cost): modelled
 
-The floors know what a smaller share costs: the products shrink with the ranks, rows, router and key
--value heads that every rank holds do not. Nothing here was measured on more than one GPU, and what
-predict.LEFT_OUT lists is left out here, too.
+The floors know what a smaller share costs: the products shrink with the ranks; the rows, the router
+and the key-value heads, which every rank has, do not. Nothing here was measured on more than one
+GPU, and what predict.LEFT_OUT lists is left out here, too.
 
 Legend: T tokens of a step, tp ranks, ep expert groups.
 """
