@@ -236,7 +236,7 @@ def test_drawn_routing_is_like_the_library_s():
     """As uneven as the layers of random tiny models, with biases as drawn and without."""
     config = TINY.replace(vocab_size=8192)  # hardly a token twice: hidden states of their own
     found = {"skewed": [], "uniform": []}
-    for seed in range(3):
+    for seed in range(2):
         model = sm.Step3p5ForCausalLM.from_config(config, seed=seed)
         for routing, values in found.items():
             if routing == "uniform":
@@ -254,8 +254,8 @@ def test_drawn_routing_is_like_the_library_s():
         )
         for routing in found
     }
-    # One layer scatters by 0.33, so the mean of 12 by 0.1; three times that.
-    assert np.mean(found["skewed"]) == pytest.approx(drawn["skewed"], abs=0.3)
+    # One layer scatters by 0.33, so the mean of 8 by 0.12; three times that.
+    assert np.mean(found["skewed"]) == pytest.approx(drawn["skewed"], abs=0.36)
     # Hidden states of one model have something in common: a little less even than independent ones.
     assert 0 < np.mean(found["uniform"]) - drawn["uniform"] < 0.25
 
