@@ -10,22 +10,31 @@ from torch import Tensor, nn
 
 from stepmoe.capture import Capture
 from stepmoe.checkpoint import Checkpoint
-from stepmoe.checks import check_config_type, check_dtype, check_generate, check_input, check_model
+from stepmoe.checks import (
+    check_config_type,
+    check_dtype,
+    check_generate,
+    check_input,
+    check_model,
+    check_quantization,
+)
 from stepmoe.comm.communicator import Communicator
 from stepmoe.comm.groups import build_groups, world_size
 from stepmoe.comm.ledger import note
 from stepmoe.comm.placement import Placed
 from stepmoe.config import Step3p5Config
 from stepmoe.filling import Write, fill_weights
-from stepmoe.fp8 import DEQUANTISED
+from stepmoe.fp8 import DEQUANTISED, Quantization, remark_on_fp8
 from stepmoe.generation import DecodeGraph, generate
 from stepmoe.hub import locate
+from stepmoe.kernels.block_scale import BlockScaled
 from stepmoe.kernels.dispatch import WHY_REFERENCE, has_triton
 from stepmoe.launch.rank import rank_device
 from stepmoe.layers import layer_numbers
 from stepmoe.model.kv_cache import KVCache
+from stepmoe.model.quantise import hold_in_fp8
 from stepmoe.parallel import ParallelConfig, TensorLayout, tensor_layouts
-from stepmoe.random_weights import draw_into, random_tensor
+from stepmoe.random_weights import copy_into, draw_into
 from stepmoe.stack import DecoderStack
 from stepmoe.variants import DecoderLayer, Step, layer_class
 
@@ -40,18 +49,26 @@ class Step3p5ForCausalLM(nn.Module):
     """
 
     def __init__(
-        self, config: Step3p5Config, variant: Variant, parallel: ParallelConfig, dtype: torch.dtype
+        self,
+        config: Step3p5Config,
+        variant: Variant,
+        parallel: ParallelConfig,
+        dtype: torch.dtype,
+        quantization: Quantization = None,
     ) -> None:
         super().__init__()
         layer = layer_class(variant)
         check_model(config, parallel, dtype)
         self.config, self.parallel, self.layer_class = config, parallel, layer
+        self.quantization = check_quantization(quantization)
         self.groups = build_groups(parallel)
         self.comm = Communicator(self.groups["tp"])
         self.remarks: list[str] = []  # for the ledger of every pass
         with torch.device("meta"):
             self.model = DecoderStack(config, parallel, layer, self.comm)
             self.lm_head = nn.Linear(config.hidden_size, config.vocab_size, bias=False)
+            if quantization is not None:
+                hold_in_fp8(self, tensor_layouts(config, parallel, self.comm.group.index))
         self.decode_graph: DecodeGraph | None = None
         self.requires_grad_(False)
 
@@ -64,11 +81,13 @@ class Step3p5ForCausalLM(nn.Module):
         dtype: torch.dtype | None = None,
         device: str | torch.device | None = None,
         layers: str | Sequence[int] | None = None,
+        quantization: Quantization = None,
     ) -> Step3p5ForCausalLM:
         """Read a published checkpoint; each rank reads only its slice of each tensor.
 
         Memory holds no more beside the rank's weights than a piece of one tensor. FP8 weights are
-        multiplied out to `dtype` while reading, which the ledger notes.
+        multiplied out to `dtype` while reading, or kept, as `quantization` says; the ledger notes
+        which, and what computes with them.
 
         Args:
             path: folder with config.json and safetensors, one file or an index of shards; or a name
@@ -79,6 +98,9 @@ class Step3p5ForCausalLM(nn.Module):
             device: None means this rank's device.
             layers: "3-6" or [3, 4, 5, 6]: a shallower model of these decoder layers, whose logits
                 are not the whole model's. None means all.
+            quantization: "fp8" holds the weights of attention, MLPs and experts in FP8 blocks, half
+                the memory of bf16, and quantises activations as they come. What the checkpoint has
+                in FP8 is kept as it is, the rest quantised while reading. None holds all in dtype.
 
         Raises:
             ConfigError: the layout does not fit the shape or the number of ranks.
@@ -92,8 +114,10 @@ class Step3p5ForCausalLM(nn.Module):
             config = config.with_layers(*chosen)
         checkpoint = Checkpoint(path, chosen)
         checkpoint.expect(tensor_layouts(config, ParallelConfig(), 0), config.num_hidden_layers)
-        model = cls._filled(config, checkpoint.copy_into, variant, parallel, dtype, device)
-        if checkpoint.is_fp8:
+        model = cls._filled(
+            config, checkpoint.copy_into, variant, parallel, dtype, device, quantization
+        )
+        if checkpoint.is_fp8 and quantization is None:
             kept = str(model.lm_head.weight.dtype).removeprefix("torch.")
             model.remarks.append(DEQUANTISED.format(dtype=kept))
         return model
@@ -108,6 +132,7 @@ class Step3p5ForCausalLM(nn.Module):
         device: str | torch.device | None = None,
         seed: int = 0,
         on_device: bool = False,
+        quantization: Quantization = None,
     ) -> Step3p5ForCausalLM:
         """The same with random weights: one seed gives the same model however it is cut.
 
@@ -116,15 +141,15 @@ class Step3p5ForCausalLM(nn.Module):
                 same model on every kind of layout, but another one on another kind of device. False
                 draws every whole tensor in float32 on the CPU, where a stacked expert tensor of
                 Step3p5Config.flash() takes 6 GB. A simulated rank always draws on its device.
+            quantization: as in from_pretrained; "fp8" quantises what is drawn.
         """
 
-        def write(view: Tensor, name: str, layout: TensorLayout) -> None:
-            if on_device or (parallel is not None and parallel.simulate_rank is not None):
-                draw_into(view, name, layout, seed)
-            else:
-                view.copy_(random_tensor(name, layout, seed))
+        def write(view: Tensor | BlockScaled, name: str, layout: TensorLayout) -> None:
+            alone = parallel is not None and parallel.simulate_rank is not None
+            draw = draw_into if on_device or alone else copy_into
+            draw(view, name, layout, seed)
 
-        return cls._filled(config, write, variant, parallel, dtype, device)
+        return cls._filled(config, write, variant, parallel, dtype, device, quantization)
 
     @classmethod
     def _filled(
@@ -135,15 +160,19 @@ class Step3p5ForCausalLM(nn.Module):
         parallel: ParallelConfig | None,
         dtype: torch.dtype | None,
         device: str | torch.device | None,
+        quantization: Quantization,
     ) -> Step3p5ForCausalLM:
         check_config_type(config)
         dtype = check_dtype(config.torch_dtype if dtype is None else dtype)
         device = torch.device(device) if device is not None else rank_device()
-        model = cls(config, variant, parallel or ParallelConfig(tp=world_size()), dtype)
+        parallel = parallel or ParallelConfig(tp=world_size())
+        model = cls(config, variant, parallel, dtype, quantization)
         layouts = tensor_layouts(config, model.parallel, model.comm.group.index)
         fill_weights(model, layouts, write, dtype, device)
         if device.type == "cuda" and not has_triton():
             model.remarks.append(WHY_REFERENCE)
+        if quantization is not None:
+            model.remarks.append(remark_on_fp8(device, dtype))
         return model.requires_grad_(False)
 
     def new_cache(self, capacity: int = 0) -> KVCache:

@@ -17,6 +17,7 @@ from torch import Tensor
 from stepmoe import fp8
 from stepmoe.errors import CheckpointError
 from stepmoe.hub import INDEX, SINGLE, files_of
+from stepmoe.kernels.block_scale import BlockScaled
 from stepmoe.parallel import TensorLayout
 
 _LAYER = re.compile(r"model\.layers\.(\d+)\.")
@@ -148,11 +149,15 @@ class Checkpoint:
         """Whether some weights are stored in FP8."""
         return any(self._kind(name) == _FP8 for name in self._file_of)
 
-    def copy_into(self, target: Tensor, name: str, layout: TensorLayout) -> None:
+    def copy_into(self, target: Tensor | BlockScaled, name: str, layout: TensorLayout) -> None:
         """Read this rank's slice of a tensor into `target`, which has its shape; converts dtypes.
 
-        FP8 weights are multiplied by the scales of their blocks in float32.
+        FP8 weights are multiplied by the scales of their blocks in float32, or, where the target
+        holds FP8, kept. What is stored otherwise is quantised for such a target.
         """
+        if isinstance(target, BlockScaled):
+            self._keep_blocks(target, name, layout)
+            return
         rows = max(1, _PIECE // max(1, target[0].numel()))
         first, *others = layout.slices
         for start in range(first.start, first.stop, rows):
@@ -160,18 +165,32 @@ class Checkpoint:
             part = target[start - first.start : stop - first.start]
             part.copy_(self._piece(name, (slice(start, stop), *others), part))
 
+    def _keep_blocks(self, target: BlockScaled, name: str, layout: TensorLayout) -> None:
+        device = target.weight.device
+        for begin, slices in fp8.pieces(layout.slices, _PIECE):
+            if self._kind(name) == _FP8:
+                scale = self._read(name + _SCALE, fp8.scale_slices(slices)).to(device)
+                fp8.keep(target, begin, self._read(name, slices).to(device), scale, slices)
+            else:
+                values = self._read(name, fp8.hull(slices, layout.shape)).to(device)
+                fp8.quantise_into(target, begin, values, slices)
+
     def _piece(self, name: str, slices: tuple[slice, ...], like: Tensor) -> Tensor:
         """One slice: as stored, or if that is FP8, multiplied out to float32 on the device."""
+        weight = self._read(name, slices)
+        if self._kind(name) != _FP8:
+            return weight
+        scale = self._read(name + _SCALE, fp8.scale_slices(slices))
+        return fp8.dequantise(weight.to(like.device), scale.to(like.device), slices)
+
+    def _read(self, name: str, slices: tuple[slice, ...]) -> Tensor:
         try:
-            weight: Tensor = self._slice(name)[slices]
-            if self._kind(name) != _FP8:
-                return weight
-            scale: Tensor = self._slice(name + _SCALE)[fp8.scale_slices(slices)]
+            tensor: Tensor = self._slice(name)[slices]
         except (SafetensorError, OSError) as error:
             raise CheckpointError(
                 f"tensor {name} of {self._file_of[name]} cannot be read: {error}"
             ) from error
-        return fp8.dequantise(weight.to(like.device), scale.to(like.device), slices)
+        return tensor
 
     def _kind(self, name: str) -> str:
         """The stored dtype, in safetensors' words."""

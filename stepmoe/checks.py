@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from operator import index
-from typing import TYPE_CHECKING, Any, cast
+from typing import TYPE_CHECKING, Any, Literal, cast
 
 import torch
 from torch import Tensor
@@ -114,6 +114,13 @@ def check_dtype(dtype: Any) -> torch.dtype:
     if name not in DTYPES:
         raise ConfigError(f"dtype {dtype!r} is not one a model runs in: use {', '.join(DTYPES)}")
     return cast(torch.dtype, getattr(torch, name))
+
+
+def check_quantization(quantization: Any) -> Literal["fp8"] | None:
+    """How weights are held: None, in the model's dtype, or "fp8"."""
+    if quantization not in (None, "fp8"):
+        raise ConfigError(f"quantization={quantization!r} is not known: use 'fp8' or None")
+    return cast(Literal["fp8"] | None, quantization)
 
 
 def check_config_type(config: Any) -> None:

@@ -18,9 +18,11 @@ import torch.distributed as dist
 from stepmoe.checks import DTYPES
 from stepmoe.config import Step3p5Config
 from stepmoe.errors import ConfigError, RankError, RankTimeout
+from stepmoe.fp8 import Quantization
 from stepmoe.launch import Ranks, init_distributed
 from stepmoe.launch.rank import DEVICES, check_device
 from stepmoe.layers import layer_numbers
+from stepmoe.model.fp8 import is_quantised
 from stepmoe.parallel import ParallelConfig, tensor_layouts
 from stepmoe.variants import VARIANTS
 
@@ -90,17 +92,29 @@ def shape_options(args: argparse.Namespace) -> dict[str, list[object]]:
     return options
 
 
-def weight_bytes(config: Step3p5Config, parallel: ParallelConfig, dtype: torch.dtype) -> int:
+def weight_bytes(
+    config: Step3p5Config,
+    parallel: ParallelConfig,
+    dtype: torch.dtype,
+    quantization: Quantization = None,
+) -> int:
     """Of rank 0."""
-    layouts = tensor_layouts(config, parallel, 0).values()
-    return sum(math.prod(layout.local_shape) for layout in layouts) * dtype.itemsize
+    return sum(
+        math.prod(layout.local_shape)
+        * (1 if quantization and is_quantised(name) else dtype.itemsize)
+        for name, layout in tensor_layouts(config, parallel, 0).items()
+    )
 
 
 def check_memory(
-    config: Step3p5Config, parallel: ParallelConfig, dtype: torch.dtype, device: str
+    config: Step3p5Config,
+    parallel: ParallelConfig,
+    dtype: torch.dtype,
+    device: str,
+    quantization: Quantization = None,
 ) -> None:
     """Raise ConfigError where the weights alone do not fit: the system would kill the ranks."""
-    weights = weight_bytes(config, parallel, dtype)
+    weights = weight_bytes(config, parallel, dtype, quantization)
     here = int(os.environ.get("LOCAL_WORLD_SIZE", parallel.processes))
     gpus = torch.cuda.device_count() if device != "cpu" else 0
     if gpus:

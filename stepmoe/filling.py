@@ -7,12 +7,13 @@ from collections.abc import Callable, Mapping
 import torch
 from torch import Tensor, nn
 
+from stepmoe.kernels.block_scale import FP8, BlockScaled
 from stepmoe.launch.progress_bar import progress
-from stepmoe.model.merged import published_views
+from stepmoe.model.merged import weight_views
 from stepmoe.parallel import TensorLayout
 
 # Writes this rank's slice of a published tensor into the part of the model that it is given.
-Write = Callable[[Tensor, str, TensorLayout], object]
+Write = Callable[[Tensor | BlockScaled, str, TensorLayout], object]
 
 _WORTH_A_BAR = 2**28  # bytes of one rank; fewer are read or drawn at once
 
@@ -24,17 +25,25 @@ def fill_weights(
     dtype: torch.dtype,
     device: torch.device,
 ) -> None:
-    """Reserve memory of `dtype` on `device` for every parameter, and write every tensor into it."""
-    state = {}
-    for name, parameter in model.state_dict().items():
-        # The router's bias only steers a choice between float32 scores.
-        is_bias = name.endswith("router_bias")
-        kept = torch.promote_types(dtype, torch.float32) if is_bias else dtype
-        state[name] = torch.zeros(parameter.shape, dtype=kept, device=device)
+    """Reserve memory of `dtype` on `device` for every parameter, and write every tensor into it.
+
+    FP8 weights and their scales keep the dtype that they have.
+    """
+    state = {
+        name: torch.zeros(parameter.shape, dtype=_kept(name, parameter, dtype), device=device)
+        for name, parameter in model.state_dict().items()
+    }
     model.load_state_dict(state, assign=True)
-    views = list(published_views(model).items())
-    size = sum(view.numel() * view.element_size() for _, view in views)
+    views = list(weight_views(model).items())
+    size = sum(tensor.numel() * tensor.element_size() for tensor in state.values())
     # A copy in memory of its own: a file's offsets give every tensor another alignment, and with it
     # another order of summation in the matrix product.
     for name, view in progress(views, desc="weights") if size > _WORTH_A_BAR else views:
         write(view, name, layouts[name])
+
+
+def _kept(name: str, parameter: Tensor, dtype: torch.dtype) -> torch.dtype:
+    if parameter.dtype == FP8 or name.endswith("weight_scale"):
+        return parameter.dtype
+    # The router's bias only steers a choice between float32 scores.
+    return torch.promote_types(dtype, torch.float32) if name.endswith("router_bias") else dtype

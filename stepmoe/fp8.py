@@ -1,21 +1,45 @@
 """Block-scaled FP8 weights as they are published: float8_e4m3 numbers and a scale for each block.
 
 A weight (..., R, C) comes with weight_scale_inv (..., ceil(R / 128), ceil(C / 128)): each 128 x 128
-block of the last two dims, smaller at the edges, is to be multiplied by its entry.
+block of the last two dims, smaller at the edges, is to be multiplied by its entry. Slices of it are
+multiplied out, or kept as they are in a model that computes in FP8.
 """
 
 from __future__ import annotations
 
+import math
+from collections.abc import Iterator
+from itertools import pairwise
+from typing import Literal
+
 import torch
 from torch import Tensor
 
-BLOCK = 128
+from stepmoe.kernels.block_scale import BLOCK, BlockScaled, quantise_blocks
+from stepmoe.kernels.fp8_grouped import grouped_kernel
+from stepmoe.kernels.fp8_linear import linear_kernel
+
+Quantization = Literal["fp8"] | None
 
 #: What the model's ledger says of weights that were published in FP8.
 DEQUANTISED = (
     "FP8 weights were multiplied out to {dtype} while reading: stepmoe computes with them in "
-    "{dtype}, no FP8 kernel runs"
+    "{dtype}, no FP8 kernel runs; quantization='fp8' keeps them"
 )
+
+
+def fp8_kernels(device: torch.device, dtype: torch.dtype) -> dict[str, str]:
+    """What computes with FP8 weights there: {"linear": ..., "experts": ...}, in words."""
+    return {"linear": linear_kernel(device, dtype), "experts": grouped_kernel(device, dtype)}
+
+
+def remark_on_fp8(device: torch.device, dtype: torch.dtype) -> str:
+    """The same for the model's ledger."""
+    kernels = fp8_kernels(device, dtype)
+    return (
+        "weights of attention, MLPs and experts are held in FP8 (float8_e4m3, 128 x 128 blocks); "
+        f"linear maps: {kernels['linear']}; experts: {kernels['experts']}"
+    )
 
 
 def scale_shape(shape: tuple[int, ...]) -> tuple[int, ...]:
@@ -43,3 +67,65 @@ def dequantise(weight: Tensor, scale: Tensor, slices: tuple[slice, ...]) -> Tens
     )
     factors = scale.float().index_select(-2, rows).index_select(-1, columns)
     return factors.mul_(weight.float())
+
+
+def pieces(slices: tuple[slice, ...], most: int) -> Iterator[tuple[int, tuple[slice, ...]]]:
+    """Cut a slice along its first dim into pieces of about `most` numbers, between blocks.
+
+    Yields:
+        Where the piece begins in the slice, and where it lies in the whole weight. A piece of a
+        matrix has at least one row of blocks, one of a stack at least one matrix.
+    """
+    first, *others = slices
+    step = max(1, most // math.prod(part.stop - part.start for part in others))
+    if len(slices) == 2:
+        step = -(-step // BLOCK) * BLOCK
+    edges = [first.start, *range(first.start // step * step + step, first.stop, step), first.stop]
+    for start, stop in pairwise(edges):
+        yield start - first.start, (slice(start, stop), *others)
+
+
+def keep(
+    target: BlockScaled, begin: int, numbers: Tensor, scale: Tensor, slices: tuple[slice, ...]
+) -> None:
+    """Write a piece into a weight that stays in FP8, numbers and scales as they are.
+
+    Args:
+        begin, slices: as from `pieces`.
+        numbers: (..., r, c) float8_e4m3fn; scale: what `scale_slices(slices)` cut out of the whole.
+    """
+    here, used = slice(begin, begin + len(numbers)), slice(target.offset, None)
+    target.weight[here][..., used][..., : target.columns] = numbers
+    rows = torch.arange(slices[-2].start, slices[-2].stop, target.grain, device=scale.device)
+    spread = scale.float().index_select(-2, rows // BLOCK - slices[-2].start // BLOCK)
+    if len(slices) == 2:
+        here = slice(begin // target.grain, begin // target.grain + len(rows))
+    target.scale[here][..., : target.blocks] = spread
+
+
+def hull(slices: tuple[slice, ...], shape: tuple[int, ...]) -> tuple[slice, ...]:
+    """A slice of a weight of this shape, widened to the blocks that it touches."""
+    return (
+        *slices[:-2],
+        *(
+            slice(part.start // BLOCK * BLOCK, min(-(-part.stop // BLOCK) * BLOCK, size))
+            for part, size in zip(slices[-2:], shape[-2:], strict=True)
+        ),
+    )
+
+
+def quantise_into(
+    target: BlockScaled, begin: int, values: Tensor, slices: tuple[slice, ...]
+) -> None:
+    """Quantise what is not in FP8 yet, by the blocks of the whole weight, and write a piece of it.
+
+    Args:
+        begin, slices: as from `pieces`.
+        values: what `hull(slices, ...)` cut out of the whole weight.
+    """
+    numbers, scale = quantise_blocks(values)
+    rows, columns = (
+        slice(part.start % BLOCK, part.start % BLOCK + part.stop - part.start)
+        for part in slices[-2:]
+    )
+    keep(target, begin, numbers[..., rows, columns], scale, slices)

@@ -53,6 +53,8 @@ def register(subparsers: argparse._SubParsersAction[argparse.ArgumentParser]) ->
     add("--decode", nargs="+", type=int, default=[], metavar="BATCH", help=sizes)
     add("--routing", choices=ROUTINGS, help="of random weights (default: uniform)")
     add("--seed", type=int, default=0)
+    kept = "hold the weights of attention, MLPs and experts in FP8 and compute with them"
+    add("--quantization", choices=("fp8",), help=f"{kept} (default: all in --dtype)")
     command.add_arguments(parser, _RANKS, "the shape's own")
     parser.set_defaults(run=_run)
 
@@ -79,9 +81,10 @@ def _checked(args: argparse.Namespace) -> dict[str, Any]:
         "routing": args.routing,
         "layers": layers,
         "seed": args.seed,
+        "quantization": args.quantization,
     }
     plan = ThroughputPlan.of(**arguments)
-    command.check_memory(plan.config, plan.parallel, plan.dtype, args.device)
+    command.check_memory(plan.config, plan.parallel, plan.dtype, args.device, plan.quantization)
     return {**arguments, "dtype": plan.dtype, "timeout": args.timeout}
 
 
@@ -93,7 +96,7 @@ def _give(args: argparse.Namespace, arguments: dict[str, Any], frame: pd.DataFra
         **{name: [getattr(args, name.replace("-", "_"))] for name in _NUMBERS},
         "seed": [args.seed],
     }
-    for name in ("decode", "routing", "weights"):
+    for name in ("decode", "routing", "weights", "quantization"):
         if value := getattr(args, name):
             options[name] = value if isinstance(value, list) else [value]
     frame.attrs["command"] = command.command_line("prefill", options)

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 
 from stepmoe.config import RopeScaling
 from stepmoe.errors import ConfigError
-from stepmoe.fp8 import BLOCK
+from stepmoe.kernels.block_scale import BLOCK
 
 if TYPE_CHECKING:
     from stepmoe.config import Step3p5Config

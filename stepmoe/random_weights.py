@@ -7,6 +7,8 @@ import hashlib
 import torch
 from torch import Tensor
 
+from stepmoe import fp8
+from stepmoe.kernels.block_scale import BlockScaled
 from stepmoe.parallel import TensorLayout
 
 
@@ -16,34 +18,51 @@ def random_tensor(name: str, layout: TensorLayout, seed: int) -> Tensor:
     Matrices have entries of standard deviation 1 / sqrt(fan-in), so that activations keep their
     scale; norms and router biases are small and never zero.
     """
-    full = torch.randn(layout.shape, generator=_generator(f"{seed}:{name}", torch.device("cpu")))
-    return full[layout.slices].mul_(_scale(name, layout))
+    return _on_cpu(name, layout, seed)[layout.slices]
 
 
-def draw_into(target: Tensor, name: str, layout: TensorLayout, seed: int) -> None:
+def copy_into(target: Tensor | BlockScaled, name: str, layout: TensorLayout, seed: int) -> None:
+    """Fill `target` with `random_tensor`."""
+    _keep(target, 0, _on_cpu(name, layout, seed), layout.slices)
+
+
+def draw_into(target: Tensor | BlockScaled, name: str, layout: TensorLayout, seed: int) -> None:
     """Fill `target` with this rank's slice of a random tensor drawn on its device.
 
     For large shapes: memory holds one matrix in float32 beside the target, for stacked experts one
     expert's. One seed gives the same model however it is cut, on one kind of device: another kind,
     and `random_tensor`, draw other values of the same distribution.
     """
+    device = target.weight.device if isinstance(target, BlockScaled) else target.device
     scale = _scale(name, layout)
     if len(layout.shape) < 3:
-        full = torch.randn(
-            layout.shape,
-            generator=_generator(f"{seed}:{name}", target.device),
-            device=target.device,
-        )
-        target.copy_(full[layout.slices].mul_(scale))
+        whole = _drawn(f"{seed}:{name}", layout.shape, scale, device)
+        _keep(target, 0, whole, layout.slices)
         return
     experts, *within = layout.slices
-    for expert in range(experts.start, experts.stop):
-        full = torch.randn(
-            layout.shape[1:],
-            generator=_generator(f"{seed}:{name}:{expert}", target.device),
-            device=target.device,
-        )
-        target[expert - experts.start].copy_(full[tuple(within)].mul_(scale))
+    for number, expert in enumerate(range(experts.start, experts.stop)):
+        one = _drawn(f"{seed}:{name}:{expert}", (1, *layout.shape[1:]), scale, device)
+        _keep(target, number, one, (slice(0, 1), *within))
+
+
+def _keep(
+    target: Tensor | BlockScaled, begin: int, whole: Tensor, slices: tuple[slice, ...]
+) -> None:
+    """Copy a slice of a whole tensor to where it begins in the target; to FP8 block by block."""
+    if isinstance(target, BlockScaled):
+        fp8.quantise_into(target, begin, whole[fp8.hull(slices, tuple(whole.shape))], slices)
+    else:
+        part = whole[slices]
+        target[begin : begin + len(part)] = part
+
+
+def _on_cpu(name: str, layout: TensorLayout, seed: int) -> Tensor:
+    cpu = torch.device("cpu")
+    return _drawn(f"{seed}:{name}", layout.shape, _scale(name, layout), cpu)
+
+
+def _drawn(text: str, shape: tuple[int, ...], scale: float, device: torch.device) -> Tensor:
+    return torch.randn(shape, generator=_generator(text, device), device=device).mul_(scale)
 
 
 def _generator(text: str, device: torch.device) -> torch.Generator:

@@ -112,7 +112,7 @@ def launch(
 
 
 @triton.jit
-def _find_tile(
+def find_tile(
     tile, ends_ptr, start, count, LOCAL: tl.constexpr, BLOCK_E: tl.constexpr, ROWS: tl.constexpr
 ):
     """Expert, first row and end of its rows, for tile number `tile` of a pass; no row if past all.
@@ -156,7 +156,7 @@ def _grouped(
 ):
     """One program: a tile of ROWS rows of one expert and BLOCK columns of the output."""
     blocks: tl.constexpr = (COLUMNS + BLOCK - 1) // BLOCK
-    expert, row, end = _find_tile(
+    expert, row, end = find_tile(
         tl.program_id(0) // blocks, ends_ptr, start, count, LOCAL, BLOCK_E, ROWS
     )
     if row < end:

@@ -128,7 +128,9 @@ def build_models(plan: Plan, device: torch.device) -> dict[str, Step3p5ForCausal
 
 def share_weights(first: Step3p5ForCausalLM, layer: type[DecoderLayer]) -> Step3p5ForCausalLM:
     """A model of another variant with the same tensors for weights."""
-    model = Step3p5ForCausalLM(first.config, layer, first.parallel, first.lm_head.weight.dtype)
+    model = Step3p5ForCausalLM(
+        first.config, layer, first.parallel, first.lm_head.weight.dtype, first.quantization
+    )
     model.load_state_dict(first.state_dict(), assign=True)
     model.remarks = first.remarks
     return model.requires_grad_(False)

@@ -12,6 +12,7 @@ from torch import Tensor
 
 from stepmoe.causal_lm import Step3p5ForCausalLM
 from stepmoe.comm.ledger import Ledger
+from stepmoe.fp8 import fp8_kernels
 from stepmoe.generation import next_tokens
 from stepmoe.launch import progress, rank_device
 from stepmoe.measure.chip import measure_chip
@@ -41,6 +42,7 @@ class RankThroughput:
         chip: of a GPU, what it can do at best; None elsewhere.
         load: (layers, experts) tokens that each MoE layer's router sent to each expert in one step.
         notes: what the ledgers remarked.
+        quantization: None, or how weights are held and what computes with them.
     """
 
     place: Place
@@ -50,6 +52,7 @@ class RankThroughput:
     chip: Chip | None
     load: Tensor
     notes: list[str]
+    quantization: dict[str, str] | None
 
 
 def run_workload(plan: ThroughputPlan) -> RankThroughput:
@@ -66,6 +69,7 @@ def run_workload(plan: ThroughputPlan) -> RankThroughput:
         chip=measure_chip(device) if device.type == "cuda" else None,
         load=next(iter(watched.values()))[1],
         notes=list(dict.fromkeys(note for *_, notes in watched.values() for note in notes)),
+        quantization=plan.quantization and {"weights": "fp8", **fp8_kernels(device, plan.dtype)},
     )
     batches = plan.workload.batches
     for turn in progress(range(-plan.workload.warmup, len(batches)), desc="prefill"):
@@ -99,6 +103,7 @@ def build_models(plan: ThroughputPlan, device: torch.device) -> dict[str, Step3p
             plan.layers,
             plan.seed,
             on_device=True,
+            quantization=plan.quantization,
         )
         if plan.routing == "uniform":
             for parameter_name, parameter in models[name].named_parameters():

@@ -8,6 +8,7 @@ import torch
 
 from stepmoe.causal_lm import Step3p5ForCausalLM, Variant
 from stepmoe.config import Step3p5Config
+from stepmoe.fp8 import Quantization
 from stepmoe.parallel import ParallelConfig
 
 Source = str | Path | Step3p5Config  # a folder, or a shape that gets random weights
@@ -28,11 +29,13 @@ def load(
     layers: tuple[int, ...] | None = None,
     seed: int = 0,
     on_device: bool = False,
+    quantization: Quantization = None,
 ) -> Step3p5ForCausalLM:
     """This rank's share of the model.
 
     Args:
         layers: only these; seed and on_device: for random weights.
+        quantization: None, or "fp8" for weights that stay in FP8.
 
     Raises:
         ConfigError, CheckpointError: as `Step3p5ForCausalLM`.
@@ -40,6 +43,8 @@ def load(
     if isinstance(source, Step3p5Config):
         config = config_of(source, layers)
         return Step3p5ForCausalLM.from_config(
-            config, variant, parallel, dtype, device, seed, on_device
+            config, variant, parallel, dtype, device, seed, on_device, quantization
         )
-    return Step3p5ForCausalLM.from_pretrained(source, variant, parallel, dtype, device, layers)
+    return Step3p5ForCausalLM.from_pretrained(
+        source, variant, parallel, dtype, device, layers, quantization
+    )

@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 import torch
 
+from stepmoe.fp8 import Quantization
 from stepmoe.launch import Ranks
 from stepmoe.measure import statistics
 from stepmoe.measure.environment import attributes
@@ -37,6 +38,7 @@ def compare_throughput(
     routing: Routing | None = None,
     layers: tuple[int, ...] | None = None,
     seed: int = 0,
+    quantization: Quantization = None,
     timeout: float | None = 600,
 ) -> pd.DataFrame:
     """Run a workload of random prompts with every variant, on the same ranks and weights.
@@ -65,7 +67,8 @@ def compare_throughput(
     `attrs` holds hardware, "chip" (a GPU's measured rates), versions, dtype, seed, date, parallel,
     config, workload, every step's time ("samples"), the ledgers' remarks ("notes"), and "routing":
     what was asked, "busiest": the busiest expert over the mean, averaged over layers, "own_share":
-    the same of the rows that a rank computes, for the rank that has most.
+    the same of the rows that a rank computes, for the rank that has most. "quantization": None, or
+    {"weights": "fp8", "linear", "experts": what computes with them}.
 
     Args:
         source: a shape, which gets random weights drawn on the device; or a checkpoint's folder.
@@ -74,6 +77,7 @@ def compare_throughput(
             some experts then get ten times the mean. None means uniform, and for a checkpoint its
             own.
         layers: only these decoder layers.
+        quantization: "fp8" for weights that stay in FP8, as in Step3p5ForCausalLM.from_pretrained.
 
     Raises:
         ConfigError: what cannot be run, before anything is.
@@ -84,7 +88,9 @@ def compare_throughput(
     parallel = parallel or ParallelConfig(tp=ranks_in(ranks))
     check_world(parallel, ranks)
     work = workload or Workload()
-    plan = ThroughputPlan.of(source, variants, work, parallel, dtype, routing, layers, seed)
+    plan = ThroughputPlan.of(
+        source, variants, work, parallel, dtype, routing, layers, seed, quantization
+    )
     records = run_everywhere(ranks, timeout, run_workload, plan)
     rows, samples = [], []
     slowest = {name: _slowest(records, name) for name in plan.variants}
@@ -172,6 +178,7 @@ def _attributes(plan: ThroughputPlan, records: list[RankThroughput]) -> dict[str
     return {
         **attributes([record.place for record in records], plan.dtype, plan.parallel),
         "chip": asdict(first.chip) if first.chip else None,
+        "quantization": first.quantization,
         "seed": plan.seed,
         "config": plain(asdict(plan.config)),
         "layers": plain(plan.layers),

@@ -8,9 +8,10 @@ from typing import Literal, get_args
 
 import torch
 
-from stepmoe.checks import check_alignment, whole_number
+from stepmoe.checks import check_alignment, check_quantization, whole_number
 from stepmoe.config import Step3p5Config
 from stepmoe.errors import ConfigError
+from stepmoe.fp8 import Quantization
 from stepmoe.measure.source import Source, config_of
 from stepmoe.parallel import ParallelConfig
 from stepmoe.variants import DecoderLayer, layer_class
@@ -98,6 +99,7 @@ class ThroughputPlan:
     routing: Routing | None
     layers: tuple[int, ...] | None
     seed: int
+    quantization: Quantization = None
 
     @classmethod
     def of(
@@ -110,9 +112,11 @@ class ThroughputPlan:
         routing: Routing | None,
         layers: tuple[int, ...] | None,
         seed: int,
+        quantization: Quantization = None,
     ) -> ThroughputPlan:
         """Raise ConfigError, naming the value, for what cannot be run; starts nothing."""
         config = config_of(source, layers)
+        quantization = check_quantization(quantization)
         dtype = dtype or getattr(torch, config.torch_dtype)
         parallel.check(config)
         check_alignment(config, parallel, dtype)
@@ -132,7 +136,9 @@ class ThroughputPlan:
                 f"{config.max_position_embeddings}: choose a shorter input, output or context"
             )
         named = {name: layer_class(name) for name in variants}
-        return cls(source, config, named, workload, parallel, dtype, routing, layers, seed)
+        return cls(
+            source, config, named, workload, parallel, dtype, routing, layers, seed, quantization
+        )
 
     def order(self, turn: int) -> list[str]:
         """The variants in the order of batch number `turn`: A B C D, then B C D A, ..."""

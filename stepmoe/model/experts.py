@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 
 from torch import Tensor, nn
 
@@ -62,27 +62,17 @@ class RoutedExperts(nn.Module):
         """
         order = sort_by_expert(topk_ids, self.first_expert, len(self.down_proj.weight))
         starts = passes(order, self.ep)
+        first_half = self.gate_up_proj.first_half(hidden_states, order, self.limit)
         for start in starts:
             onto = unpermute_rows(
-                self._rows(hidden_states, order, start, starts.step),
+                # Named nowhere: each half's rows are gone before the next step needs memory.
+                self.down_proj.second_half(first_half(start, starts.step), order, start),
                 order,
                 topk_weights,
                 start,
                 onto,
             )
         return hidden_states.new_zeros(hidden_states.shape) if onto is None else onto
-
-    def _rows(self, hidden_states: Tensor, order: RowOrder, start: int, count: int) -> Tensor:
-        """Outputs (count, D) of one pass. Nothing here or above names a tensor of a pass's rows:
-        each is gone before the next one needs memory."""
-        return grouped_linear(
-            gate_up_swiglu(
-                hidden_states, self.gate_up_proj.weight, order, start, count, self.limit
-            ),
-            self.down_proj.weight,
-            order,
-            start,
-        )
 
 
 def passes(order: RowOrder, ep: int) -> range:
@@ -115,3 +105,16 @@ class ExpertWeights(nn.Module):
         super().__init__()
         self.parts = dict(parts)
         self.weight = empty_parameter(num_experts, sum(parts.values()), in_features)
+
+    def first_half(
+        self, x: Tensor, order: RowOrder, limit: float | None
+    ) -> Callable[[int, int], Tensor]:
+        """What computes a pass over the rows of `order`: gate, up and SwiGLU of tokens x (T, D).
+
+        Called with a pass's first row and number of rows it gives (rows, F).
+        """
+        return lambda start, count: gate_up_swiglu(x, self.weight, order, start, count, limit)
+
+    def second_half(self, rows: Tensor, order: RowOrder, start: int) -> Tensor:
+        """Down: (rows, F) from `start` on to (rows, D)."""
+        return grouped_linear(rows, self.weight, order, start)

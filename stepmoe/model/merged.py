@@ -1,6 +1,6 @@
 """Projections of the same input, merged into one matrix: one product reads the input once.
 
-The checkpoint keeps them apart. `published_views` is the one place that maps between the two: it
+The checkpoint keeps them apart. `weight_views` is the one place that maps between the two: it
 names, in the published way, the part of a merged weight that belongs to each published tensor.
 Reading a checkpoint writes into these views, saving one reads from them.
 """
@@ -12,6 +12,10 @@ from collections.abc import Iterator, Mapping
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+
+from stepmoe.errors import ConfigError
+from stepmoe.kernels.block_scale import BlockScaled
+from stepmoe.model.fp8 import Fp8Weights
 
 
 class MergedLinear(nn.Module):
@@ -41,6 +45,16 @@ def empty_parameter(*shape: int) -> nn.Parameter:
 
 
 def published_views(module: nn.Module) -> dict[str, Tensor]:
+    """`weight_views` of a model none of whose weights is in FP8; ConfigError of another."""
+    views = {}
+    for name, view in weight_views(module).items():
+        if isinstance(view, BlockScaled):
+            raise ConfigError(f"{name} is held in FP8: make this model without quantization")
+        views[name] = view
+    return views
+
+
+def weight_views(module: nn.Module) -> dict[str, Tensor | BlockScaled]:
     """Every parameter under its published name, as a view that shares the module's memory.
 
     A module that has `parts` holds several published tensors, one below the other along the last
@@ -50,9 +64,13 @@ def published_views(module: nn.Module) -> dict[str, Tensor]:
     return dict(_views(module))
 
 
-def _views(module: nn.Module) -> Iterator[tuple[str, Tensor]]:
+def _views(module: nn.Module) -> Iterator[tuple[str, Tensor | BlockScaled]]:
     for path, owner in module.named_modules():
         parent = path.rpartition(".")[0]
+        if isinstance(owner, Fp8Weights):
+            for part, view in owner.part_views():
+                yield ".".join(filter(None, (parent, part, "weight"))), view
+            continue
         for name, parameter in owner.named_parameters(recurse=False):
             if parts := getattr(owner, "parts", None):
                 start = 0

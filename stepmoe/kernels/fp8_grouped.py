@@ -1,0 +1,74 @@
+"""grouped.py with the experts' weights in FP8: on Hopper a Triton kernel, else the reference.
+
+torch's scaled_grouped_mm knows one scale a row on Hopper, not 128 x 128 blocks (it was also half as
+fast as bf16 in a trial on an H100), and FlashInfer's grouped product of such blocks is for
+Blackwell. The reference multiplies the weights out and calls what bf16 calls: a copy of the layer's
+experts, twice as large, is written and read for every pass.
+
+Legend: as in grouped.py.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from stepmoe.kernels import grouped
+from stepmoe.kernels.block_scale import BlockScaled, ScaledRows, quantise_rows
+from stepmoe.kernels.dispatch import has_triton
+from stepmoe.kernels.fp8_linear import REFERENCE, has_fp8_products, product_dtype
+from stepmoe.kernels.permute import RowOrder
+
+GROUPED = "Triton kernel (FP8 tensor cores, 1 x 128 by 128 x 128 blocks)"
+
+
+def gate_up_swiglu(
+    x: Tensor,
+    quantised: ScaledRows,
+    weight: BlockScaled,
+    order: RowOrder,
+    start: int,
+    count: int,
+    limit: float | None,
+) -> Tensor:
+    """First half of the experts: x (T, D), weight (E_local, 2F, D) to (count, F).
+
+    Args:
+        quantised: x by `quantise_rows`, which all passes over the rows share.
+    """
+    if _takes_kernel(x):
+        from stepmoe.kernels import fp8_grouped_gpu
+
+        return fp8_grouped_gpu.gate_up_swiglu(x, quantised, weight, order, start, count, limit)
+    plain = _multiplied_out(quantised, weight, x)
+    weights = weight.multiplied_out(plain.dtype)
+    return grouped.gate_up_swiglu(plain, weights, order, start, count, limit).to(x.dtype)
+
+
+def grouped_linear(rows: Tensor, weight: BlockScaled, order: RowOrder, start: int) -> Tensor:
+    """rows (count, in) times each its expert's weight (E_local, N, in), transposed: (count, N)."""
+    num_rows = order.ends[-1:] - start
+    quantised = quantise_rows(rows, weight.offset, weight.blocks, num_rows)
+    if _takes_kernel(rows):
+        from stepmoe.kernels import fp8_grouped_gpu
+
+        return fp8_grouped_gpu.grouped_linear(rows, quantised, weight, order, start)
+    plain = _multiplied_out(quantised, weight, rows)
+    weights = weight.multiplied_out(plain.dtype)
+    return grouped.grouped_linear(plain, weights, order, start).to(rows.dtype)
+
+
+def grouped_kernel(device: torch.device, dtype: torch.dtype) -> str:
+    """What multiplies the experts' activations of this dtype on this device, in words."""
+    if has_fp8_products(device) and has_triton() and dtype is not torch.float64:
+        return GROUPED
+    return REFERENCE.format(dtype=str(product_dtype(device, dtype)).removeprefix("torch."))
+
+
+def _takes_kernel(x: Tensor) -> bool:
+    return grouped_kernel(x.device, x.dtype) == GROUPED
+
+
+def _multiplied_out(quantised: ScaledRows, weight: BlockScaled, like: Tensor) -> Tensor:
+    dtype = product_dtype(like.device, like.dtype)
+    return quantised.multiplied_out(len(like), weight.offset, weight.columns, dtype)
