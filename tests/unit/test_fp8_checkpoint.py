@@ -3,7 +3,6 @@
 The judge multiplies every block out in float64, in a loop over blocks.
 """
 
-import itertools
 import json
 import threading
 from pathlib import Path
@@ -11,45 +10,22 @@ from pathlib import Path
 import oracle
 import pytest
 import torch
+from oracle_fp8 import QUANTISED, Weight, multiplied_out, quantise
 from safetensors.torch import load_file, save_file
 
 import stepmoe as sm
 from stepmoe import fp8
 from stepmoe.checkpoint import Checkpoint
 from stepmoe.checkpoint_writer import save_pretrained
+from stepmoe.kernels.block_scale import BlockScaled
+from stepmoe.model.merged import weight_views
 from stepmoe.parallel import tensor_layouts
 
 # Uneven against blocks of 128, whole and cut in 4: 320 / 4 = 80 rows, 160 columns, 272 / 2 = 136.
 CONFIG = sm.Step3p5Config.tiny().replace(
     hidden_size=160, intermediate_size=320, moe_intermediate_size=272, share_expert_dim=144
 )
-QUANTISED = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")
 UP = "model.layers.2.moe.up_proj.weight"
-
-
-def quantise(weight):
-    """(float8 weight, scales), block by block: the largest entry of a block becomes 448."""
-    size = (*weight.shape[:-2], *(-(-n // 128) for n in weight.shape[-2:]))
-    scales, stored = torch.empty(size), torch.empty(weight.shape, dtype=torch.float8_e4m3fn)
-    for row, column in itertools.product(range(size[-2]), range(size[-1])):
-        at = (
-            ...,
-            slice(row * 128, row * 128 + 128),
-            slice(column * 128, column * 128 + 128),
-        )
-        scale = weight[at].abs().amax((-2, -1)) / 448
-        scales[..., row, column] = scale
-        stored[at] = (weight[at] / scale[..., None, None]).to(torch.float8_e4m3fn)
-    return stored, scales
-
-
-def multiplied_out(stored, scales):
-    """The numbers that a published FP8 weight stands for, in float64."""
-    exact = stored.double()
-    for row, column in itertools.product(range(scales.shape[-2]), range(scales.shape[-1])):
-        block = exact[..., row * 128 : row * 128 + 128, column * 128 : column * 128 + 128]
-        block *= scales[..., row, column, None, None].double()
-    return exact
 
 
 @pytest.fixture(scope="module")
@@ -92,6 +68,61 @@ def test_each_rank_s_slice_is_multiplied_out(published, monkeypatch, tp, ep, pie
             starts = [s.start % 128 for s in layout.slices[-2:]]
             inside += name.split(".")[-2] in QUANTISED and any(starts)
     assert tp == 1 or inside > 50, "the shape does not test slices that begin inside a block"
+
+
+@pytest.mark.parametrize("piece", [2**24, 3000])
+@pytest.mark.parametrize(("tp", "ep"), [(1, 1), (4, 2), (4, 1)])
+def test_each_rank_s_slice_is_kept_as_it_is(published, monkeypatch, tp, ep, piece):
+    folder, exact = published
+    monkeypatch.setattr("stepmoe.checkpoint._PIECE", piece)
+    kept = 0
+    for rank in range(tp):
+        parallel = sm.ParallelConfig(tp, ep, simulate_rank=rank)
+        model = sm.Step3p5ForCausalLM.from_pretrained(
+            folder, parallel=parallel, dtype=torch.float64, quantization="fp8"
+        )
+        layouts = tensor_layouts(CONFIG, parallel, rank)
+        for name, view in weight_views(model).items():
+            if isinstance(view, BlockScaled):
+                numbers = view.multiplied_out(torch.float64)  # exact: 4 bits times 24 bits
+                assert torch.equal(numbers, exact[name][layouts[name].slices]), name
+                outside = view.weight.float()
+                outside[..., view.offset : view.offset + view.columns] = 0
+                assert outside.eq(0).all()
+                kept += 1
+            else:
+                assert name.split(".")[-2] not in QUANTISED
+    assert kept == tp * (5 * 4 + 3 + 4 * 6)  # q, k, v, o; the dense MLP; shared and routed experts
+
+
+def test_the_model_that_keeps_them_is_the_oracle_s(published):
+    """The judge quantises activations as well, so that only rounding in float64 is left."""
+    folder, exact = published
+    ids = torch.randint(256, (2, 7))
+    model = sm.Step3p5ForCausalLM.from_pretrained(folder, dtype=torch.float64, quantization="fp8")
+    with sm.Ledger() as ledger:
+        logits = model(ids)
+    weights = {n: Weight(w) if n.split(".")[-2] in QUANTISED else w for n, w in exact.items()}
+    expected = oracle.forward(CONFIG, weights, ids)["logits"]
+    torch.testing.assert_close(logits, expected, atol=1e-9, rtol=0)
+    assert "held in FP8" in str(ledger)
+    assert "multiplied out to float64 while reading" not in str(ledger)
+    # Quantising the activations moves the logits: it is part of what is compared.
+    assert (logits - oracle.forward(CONFIG, exact, ids)["logits"]).abs().max() > 0.01
+
+
+def test_what_is_not_in_fp8_is_quantised_while_reading(published, tmp_path, monkeypatch):
+    monkeypatch.setattr("stepmoe.checkpoint._PIECE", 3000)
+    plain = sm.Step3p5ForCausalLM.from_config(CONFIG, dtype=torch.float32)
+    save_pretrained(plain, tmp_path)
+    parallel = sm.ParallelConfig(4, 1, simulate_rank=3)
+    model = sm.Step3p5ForCausalLM.from_pretrained(tmp_path, parallel=parallel, quantization="fp8")
+    stored = load_file(tmp_path / "model.safetensors")
+    layouts = tensor_layouts(CONFIG, parallel, 3)
+    for name, view in weight_views(model).items():
+        if isinstance(view, BlockScaled):
+            expected = multiplied_out(*quantise(stored[name]))[layouts[name].slices]
+            assert torch.equal(view.multiplied_out(torch.float64), expected), name
 
 
 def test_the_model_is_the_oracle_s_with_the_exact_weights(published):
