@@ -33,7 +33,11 @@ def main(argv: Sequence[str] | None = None) -> int:
         The exit status: 0 when the command did what was asked.
     """
     args = parser().parse_args(argv)
-    status: int = args.run(args)
+    try:
+        status: int = args.run(args)
+    except KeyboardInterrupt:
+        print("interrupted", file=sys.stderr)
+        return 130  # a shell's word for it
     return status
 
 

@@ -17,7 +17,7 @@ import torch.distributed as dist
 
 from stepmoe.checks import DTYPES
 from stepmoe.config import Step3p5Config
-from stepmoe.errors import ConfigError, RankError, RankTimeout
+from stepmoe.errors import CheckpointError, ConfigError, RankError, RankTimeout
 from stepmoe.fp8 import Quantization
 from stepmoe.launch import Ranks, init_distributed
 from stepmoe.launch.rank import DEVICES, check_device
@@ -148,7 +148,7 @@ def carry_out(
     try:
         arguments = checked()
         _check(args)
-    except (ConfigError, ImportError) as error:
+    except (ConfigError, CheckpointError, ImportError) as error:
         return _say(name, error, _BAD_ARGUMENT)
     try:
         frame = _measure(measure, arguments, args.device)
@@ -207,8 +207,18 @@ def layout_options(args: argparse.Namespace, arguments: dict[str, Any]) -> dict[
 
 def check_writable(file: Path | None) -> None:
     """Raise ConfigError where a result could not be written."""
-    if file is not None and not (file.parent.is_dir() and os.access(file.parent, os.W_OK)):
-        raise ConfigError(f"{file}: cannot write into {file.parent}; give another folder")
+    if file is None:
+        return
+    is_new = not file.exists()
+    try:
+        file.open("a").close()
+    except OSError as error:
+        raise ConfigError(
+            f"cannot write into {file} ({error.strerror}): give another file, in a folder that is "
+            "there"
+        ) from error
+    if is_new:
+        file.unlink(missing_ok=True)  # ranks of torchrun try at the same time
 
 
 def _check(args: argparse.Namespace) -> None:

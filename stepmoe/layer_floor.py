@@ -11,6 +11,8 @@ from typing import Any
 
 import torch
 
+from stepmoe.checks import whole_number
+from stepmoe.command import check_writable
 from stepmoe.config import Step3p5Config
 from stepmoe.errors import ConfigError
 from stepmoe.parallel import ParallelConfig
@@ -57,13 +59,13 @@ def _run(args: argparse.Namespace) -> int:
 
 
 def _check(args: argparse.Namespace) -> None:
+    check_writable(args.json)
+    for name in ("prefill", "decode", "context"):
+        values = getattr(args, name)
+        for value in values if isinstance(values, list) else [values]:
+            whole_number(f"--{name}", value)
     if not torch.cuda.is_available():
         raise ConfigError("this needs an NVIDIA GPU, and torch sees none")
-    if args.json is not None and not args.json.parent.is_dir():
-        raise ConfigError(f"{args.json}: there is no folder {args.json.parent}; make it first")
-    for name, values in (("--prefill", args.prefill), ("--decode", args.decode)):
-        if min(values, default=1) < 1:
-            raise ConfigError(f"{name} {min(values)}: give whole numbers from 1 on")
 
 
 def measure(args: argparse.Namespace, parallel: ParallelConfig) -> dict[str, Any]:

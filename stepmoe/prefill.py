@@ -33,6 +33,8 @@ _NUMBERS = {
     "context": "tokens before a decode step",
     "decode-steps": "decode steps for each batch size",
 }
+# The published workload exceeds the tiny shape's positions, and a laptop's patience.
+_TINY = Workload(input_len=256, prompts=16, chunk=1024, context=256)
 
 
 def register(subparsers: argparse._SubParsersAction[argparse.ArgumentParser]) -> None:
@@ -47,8 +49,9 @@ def register(subparsers: argparse._SubParsersAction[argparse.ArgumentParser]) ->
     add = parser.add_argument
     add("--weights", help="a checkpoint's folder, or its name on the hub (default: random weights)")
     for name, meaning in _NUMBERS.items():
-        default = getattr(Workload, name.replace("-", "_"))
-        add(f"--{name}", type=int, default=default, help=f"{meaning} (default: {default})")
+        published, tiny = (getattr(work, _field(name)) for work in (Workload(), _TINY))
+        default = f"default: {published}" + (f", tiny: {tiny}" if tiny != published else "")
+        add(f"--{name}", type=int, help=f"{meaning} ({default})")
     sizes = "also time decode steps at these batch sizes"
     add("--decode", nargs="+", type=int, default=[], metavar="BATCH", help=sizes)
     add("--routing", choices=ROUTINGS, help="of random weights (default: uniform)")
@@ -68,9 +71,13 @@ def _checked(args: argparse.Namespace) -> dict[str, Any]:
     """The arguments of compare_throughput; raises for what is wrong before any rank starts."""
     layers = command.layers_of(args)
     source = locate(args.weights, layers) if args.weights else command.shape_of(args)
-    numbers = {name.replace("-", "_") for name in _NUMBERS}
+    usual = _TINY if args.shape == "tiny" and not args.weights else Workload()
+    for field in map(_field, _NUMBERS):
+        if getattr(args, field) is None:
+            setattr(args, field, getattr(usual, field))
     workload = Workload(
-        decode=tuple(args.decode), **{name: getattr(args, name) for name in numbers}
+        decode=tuple(args.decode),
+        **{field: getattr(args, field) for field in map(_field, _NUMBERS)},
     )
     arguments = {
         "source": source,
@@ -88,12 +95,16 @@ def _checked(args: argparse.Namespace) -> dict[str, Any]:
     return {**arguments, "dtype": plan.dtype, "timeout": args.timeout}
 
 
+def _field(option: str) -> str:
+    return option.replace("-", "_")
+
+
 def _give(args: argparse.Namespace, arguments: dict[str, Any], frame: pd.DataFrame) -> None:
     """Print it, and write the file asked for."""
     options = {
         **command.shape_options(args),
         **command.layout_options(args, arguments),
-        **{name: [getattr(args, name.replace("-", "_"))] for name in _NUMBERS},
+        **{name: [getattr(args, _field(name))] for name in _NUMBERS},
         "seed": [args.seed],
     }
     for name in ("decode", "routing", "weights", "quantization"):

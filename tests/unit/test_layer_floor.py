@@ -168,8 +168,12 @@ def test_a_layer_in_a_file_says_how_near_the_floor_it_is():
     [
         (["--ep", "3"], "ep=3 does not divide tp=8"),
         (["--simulate-rank", "8"], "simulate_rank must be a whole number from 0 to"),
-        (["--decode", "0"], "--decode 0: give whole numbers from 1 on"),
-        (["--json", "/no/such/folder/x.json"], "there is no folder"),
+        (["--decode", "0"], "--decode must be a whole number of at least 1, got 0"),
+        (["--context", "-5"], "--context must be a whole number of at least 1, got -5"),
+        (
+            ["--json", "/no/such/folder/x.json"],
+            "cannot write into /no/such/folder/x.json (No such file or directory)",
+        ),
     ],
 )
 def test_bad_arguments_are_named(arguments, message, capsys, monkeypatch):
