@@ -155,6 +155,8 @@ def _measurement(setting: Setting) -> list[Step]:
              f"{prefill} --prompts 200{some}", work, 3 * work),
         Step("decode", f"{stack}, all variants: decode at batch 1 to 256",
              f"{prefill} --prompts 2 {_DECODE}{some}", 120, 400),
+        Step("prefill-fp8", f"{stack}, all variants, in FP8: as the published figures were made",
+             f"{prefill} --quantization fp8 --prompts 200{some}", work, 3 * work),
         Step("layer-full", "one layer with full attention: prefill and decode",
              f"{prefill} --layers 4 {one}", 60, 240),
         Step("layer-sliding", "one layer with sliding attention: prefill and decode",

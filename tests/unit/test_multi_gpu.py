@@ -223,5 +223,5 @@ def test_the_plan_can_be_seen_anywhere(monkeypatch, capsys, tmp_path):
     shown = capsys.readouterr().out
     assert "Assuming 4 x a GPU of 80 GB" in shown
     assert "torchrun --nproc-per-node 4 -m stepmoe prefill --shape flash --ep 2" in shown
-    assert "10 of 10 steps left" in shown
+    assert "11 of 11 steps left" in shown
     assert sys.executable not in shown
