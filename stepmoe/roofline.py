@@ -135,6 +135,33 @@ def layer_roofline(
     return [*rows, norms, SubLayer("residual adds", 2 * width, 0.0, 6 * width * size)]
 
 
+def step_floor(
+    config: Step3p5Config,
+    parallel: ParallelConfig,
+    chip: Chip,
+    tokens: int,
+    context: int,
+    batch: int = 1,
+    dtype: torch.dtype = torch.bfloat16,
+) -> float:
+    """Seconds that a step takes at least: all layers, and the head for each sequence's last token.
+
+    Arguments as of `layer_roofline`. The head is whole on every rank.
+    """
+    hidden, vocabulary, size = config.hidden_size, config.vocab_size, dtype.itemsize
+    head = SubLayer(
+        "head",
+        2 * batch * hidden * vocabulary,
+        hidden * vocabulary * size,
+        batch * (hidden + vocabulary) * size,
+    )
+    layers = (
+        layer_roofline(config, layer, parallel, tokens, context, batch, dtype)
+        for layer in range(config.num_hidden_layers)
+    )
+    return head.floor(chip) + sum(sub.floor(chip) for layer in layers for sub in layer)
+
+
 def seen(length: int, context: int, window: int | None) -> int:
     """Keys that `length` new queries see, all together: each its own past, at most `window`."""
     limit = min(window or context, context)

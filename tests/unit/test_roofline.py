@@ -16,7 +16,7 @@ from stepmoe.model.experts import RoutedExperts
 from stepmoe.model.kv_cache import LayerCache
 from stepmoe.model.mlp import GatedMLP
 from stepmoe.parallel import tensor_layouts
-from stepmoe.roofline import CHIPS, Chip, SubLayer, layer_roofline, seen
+from stepmoe.roofline import CHIPS, Chip, SubLayer, layer_roofline, seen, step_floor
 
 TINY, FLASH = sm.Step3p5Config.tiny(), sm.Step3p5Config.flash()
 FULL, SLIDING, DENSE = 4, 1, 0  # layers of tiny; 0 is dense with full attention
@@ -206,3 +206,21 @@ def test_bad_input_is_named(sizes: tuple[int, int], more: dict[str, int], messag
         rows(TINY, FULL, sm.ParallelConfig(3), 4, 4)
     with pytest.raises(sm.ConfigError, match="layer 9"):
         rows(TINY, 9, sm.ParallelConfig(), 4, 4)
+
+
+def test_a_step_is_its_layers_and_the_head():
+    """On chips that only compute and that only move bytes, each a number a second."""
+    parallel, hidden, vocabulary = sm.ParallelConfig(4, 2), TINY.hidden_size, TINY.vocab_size
+    for batch, length in ((3, 1), (2, 5)):
+        sizes = (batch * length, 9, batch)
+        every = [row for n in range(5) for row in layer_roofline(TINY, n, parallel, *sizes)]
+        head = {
+            "operations": 2 * batch * hidden * vocabulary,
+            "bytes": 2 * (hidden * vocabulary + batch * (hidden + vocabulary)),
+        }
+        for what, chip in (
+            ("operations", Chip("computes", 1.0, math.inf, "")),
+            ("bytes", Chip("moves", math.inf, 1.0, "")),
+        ):
+            total = head[what] + sum(getattr(row, what) for row in every)
+            assert step_floor(TINY, parallel, chip, *sizes) == pytest.approx(total)
