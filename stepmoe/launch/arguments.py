@@ -9,6 +9,7 @@ from stepmoe.checks import whole_number
 from stepmoe.errors import ConfigError, RankError
 from stepmoe.launch import rank
 
+_PACKAGES = ("ipyparallel", "cloudpickle", "psutil")
 # Of what `ipyparallel.Cluster` takes, what says how processes are started; the rest `Ranks` says.
 OPTIONS = (
     "config",
@@ -29,9 +30,9 @@ def checked(n: Any, device: str, engines: str, options: dict[str, Any]) -> int:
         rank.check_device(device)
     elif device not in rank.DEVICES:  # this host's GPUs say nothing about the others'
         raise ConfigError(f"device={device!r}: give one of {', '.join(rank.DEVICES)}")
-    if not all(importlib.util.find_spec(name) for name in ("ipyparallel", "cloudpickle")):
+    if not all(importlib.util.find_spec(name) for name in _PACKAGES):
         raise ImportError(
-            "Ranks needs ipyparallel and cloudpickle: pip install 'stepmoe[notebooks]'. "
+            f"Ranks needs {', '.join(_PACKAGES)}: pip install 'stepmoe[notebooks]'. "
             "Without them, run the same functions under torchrun (stepmoe.launch.init_distributed)"
         )
     known = sorted(point.name for point in entry_points(group="ipyparallel.engine_launchers"))

@@ -129,9 +129,9 @@ def word_problems(count: int | None = None, questions: Sequence[Question] | None
     from stepmoe.mini import few_shot, task, tokenizer
 
     every = task.heldout() if questions is None else questions
-    count = len(every) if count is None else whole_number("count", count)
-    if count > len(every):
-        raise ConfigError(f"{count!r} questions: give 1 to {len(every)}")
+    if count is None:
+        count = len(every)
+    count = whole_number("the count of questions", count, most=len(every))
 
     def read(tokens: list[int]) -> int | None:
         return task.parse_answer(tokenizer.decode(tokens))

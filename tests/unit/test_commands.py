@@ -45,7 +45,7 @@ def test_the_defaults_are_accepted(name):
         ("accuracy", "--tp 0", "tp must be a whole number of at least 1, got 0"),
         ("prefill", "--tp 4 --ep 3", "ep=3 does not divide tp=4"),
         ("bench", "--variants nope", "variant 'nope' is not known: use one of three_all_reduces"),
-        ("accuracy", "--questions -1", "count must be a whole number of at least 1, got -1"),
+        ("accuracy", "--questions -1", "questions must be a whole number from 1 to 1319, got -1"),
         ("bench", "--timeout nan", "--timeout nan: give seconds"),
         ("accuracy", "--model {file}", "{file} is not valid JSON"),
         ("prefill", "--weights {file}", "{file} is a file: give the folder"),

@@ -69,6 +69,39 @@ def test_what_a_rank_imports_is_torch_and_little_else() -> None:
     assert subprocess.check_output(command, cwd=REPO, text=True, timeout=60) == "[]\n"
 
 
+def test_the_library_alone_computes() -> None:
+    """On torch, numpy and safetensors; what needs more says what to install."""
+    optional = "matplotlib ipywidgets IPython pandas scipy statsmodels ipyparallel cloudpickle"
+    script = f"""
+import sys
+sys.modules |= dict.fromkeys("{optional} psutil tqdm triton flashinfer huggingface_hub".split())
+import stepmoe as sm
+assert "torch" not in sys.modules, "import stepmoe takes milliseconds"
+import torch
+for name in sm.__all__:
+    getattr(sm, name)
+ids = torch.arange(6).view(2, 3)
+for variant in sm.VARIANTS:
+    sm.Step3p5ForCausalLM.from_config(sm.Step3p5Config.tiny(), variant).generate(ids, 2)
+try:
+    sm.Ranks(2)
+except ImportError as error:
+    assert "pip install 'stepmoe[notebooks]'" in str(error)
+from stepmoe.__main__ import main
+print(main(["bench"]))
+"""
+    ran = subprocess.run(
+        [sys.executable, "-c", script],
+        cwd=REPO,
+        text=True,
+        timeout=60,
+        capture_output=True,
+        check=True,
+    )
+    assert ran.stdout == "2\n"
+    assert "pip install 'stepmoe[notebooks]'" in ran.stderr
+
+
 def test_conda_environment_has_the_same_packages_and_bounds() -> None:
     expected = {
         CONDA_NAMES.get(name, name): bounds

@@ -128,13 +128,16 @@ TASK = made_up([1, 2])
 @pytest.mark.parametrize(
     ("call", "message"),
     [
-        (lambda: sm.measure.word_problems(0), "0 questions: give 1 to 1319"),
-        (lambda: sm.measure.word_problems(1320), "1320 questions"),
+        (
+            lambda: sm.measure.word_problems(0),
+            "questions must be a whole number from 1 to 1319, got 0",
+        ),
+        (lambda: sm.measure.word_problems(1320), "got 1320"),
         (lambda: TASK.score(torch.zeros(3, 1)), "3 completions for 2 questions"),
         (lambda: Outcomes.from_row("11", "3"), "2 marks and 1 answers"),
         (lambda: Outcomes.from_row("1x", "3 4"), "2 marks and 2 answers"),
         (lambda: Outcomes("1", (1,)).answers_changed(Outcomes("11", (1, 1))), "1 and 2 questions"),
-        (lambda: compare(batch_size=0), "batch_size=0"),
+        (lambda: compare(batch_size=0), "batch_size must be a whole number of at least 1, got 0"),
         (lambda: compare(dtype="int8"), "'int8'"),
         (lambda: compare(variants=["four"]), "'four'"),
         (lambda: compare(variants=[]), "variants is empty"),
@@ -164,10 +167,10 @@ def checkpoint(tmp_path_factory):
     ("arguments", "named"),
     [
         (["--tp", "3"], "tp=3"),
-        (["--questions", "0"], "0 questions"),
+        (["--questions", "0"], "from 1 to 1319, got 0"),
         (["--variants", "four"], "'four'"),
         (["--model", "no/such"], "no/such"),
-        (["--batch-size", "0"], "batch_size=0"),
+        (["--batch-size", "0"], "batch_size must be a whole number of at least 1, got 0"),
         (["--csv", "no/such/a.csv"], "no/such"),
         (["--timeout", "-1"], "--timeout -1"),
     ],
