@@ -16,6 +16,10 @@ CELL_TIMEOUT := 120
 NBVAL := --nbval --nbval-current-env --nbval-sanitize-with tests/nbval_sanitize.cfg \
 	--nbval-cell-timeout $(CELL_TIMEOUT)
 
+# One process runs ranks and notebooks, one after the other; the other one runs the rest meanwhile
+# (tests/conftest.py).
+TWO_PROCESSES := --numprocesses 2
+
 .PHONY: help walkthrough lab test test-browser test-cuda clean FORCE
 
 help:
@@ -45,7 +49,7 @@ test: $(INSTALLED)
 	@$(VENV_PYTHON) -m ruff check .
 	@$(VENV_PYTHON) -m ruff format --check .
 	@$(VENV_PYTHON) -m mypy
-	@$(VENV_PYTHON) -m pytest $(NBVAL) tests notebooks
+	@$(VENV_PYTHON) -m pytest $(TWO_PROCESSES) $(NBVAL) notebooks tests
 
 test-browser: $(INSTALLED_BROWSER)
 	@$(VENV_PYTHON) -m pytest -m browser tests/browser

@@ -11,8 +11,16 @@ import shlex
 import shutil
 from collections import Counter
 from pathlib import Path
+from typing import Any
 
 import pytest
+
+# Where tests start ranks, which use all cores: those tests run one after the other.
+WITH_RANKS = ("tests/ranks/", "notebooks/")
+
+# What is computed here is small: a second thread halves no time, and while it waits for the first
+# it takes the core from the ranks and the tests beside it. Read when torch is imported.
+os.environ.setdefault("OMP_NUM_THREADS", "1")
 
 # A test compares on the CPU, also on a machine with GPUs; ranks are given their device by Ranks.
 os.environ["STEPMOE_DEVICE"] = "cpu"
@@ -24,6 +32,18 @@ if shutil.which("nvidia-smi") is None:
 
 def pytest_addoption(parser: pytest.Parser) -> None:
     parser.addoption("--record", metavar="FILE", help="keep outcomes, devices and versions")
+
+
+@pytest.hookimpl(optionalhook=True)
+def pytest_xdist_make_scheduler(config: pytest.Config, log: Any) -> Any:
+    """With several test processes, one runs all tests that start ranks; the others share files."""
+    from xdist.scheduler import LoadScopeScheduling
+
+    class Scheduling(LoadScopeScheduling):
+        def _split_scope(self, nodeid: str) -> str:
+            return "ranks" if nodeid.startswith(WITH_RANKS) else nodeid.partition("::")[0]
+
+    return Scheduling(config, log)
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:

@@ -98,7 +98,13 @@ def prepare_rank(rank: int, world: int, local_rank: int, ranks_here: int, device
         _prepare_symmetric_memory(ranks_here)
     else:
         os.environ.setdefault("TRITON_INTERPRET", "1")  # on CPUs, Triton has only its interpreter
-    torch.set_num_threads(max(1, (os.cpu_count() or 1) // ranks_here))
+    if not _threads_are_chosen():
+        torch.set_num_threads(max(1, (os.cpu_count() or 1) // ranks_here))
+
+
+def _threads_are_chosen() -> bool:
+    """Whether the user has set OMP_NUM_THREADS; where nobody has, torchrun sets it to 1."""
+    return "OMP_NUM_THREADS" in os.environ and "TORCHELASTIC_RUN_ID" not in os.environ
 
 
 def _prepare_symmetric_memory(ranks_here: int) -> None:

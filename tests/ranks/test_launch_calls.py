@@ -12,6 +12,7 @@ import torch
 import torch.distributed as dist
 
 from stepmoe.launch import Ranks
+from stepmoe.launch.rank import prepare_rank
 
 
 def test_results_come_in_rank_order(ranks4: Ranks) -> None:
@@ -65,14 +66,32 @@ def test_each_rank_knows_its_place(ranks4: Ranks) -> None:
             "backend": dist.get_backend(),
         }
 
-    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
     for rank, found in enumerate(ranks4.run(place)):
         assert found["environment"] == [str(rank), "4", str(rank), "cpu"]
-        assert found["threads"] == max(1, (cores or 1) // 4)
+        assert found["threads"] == int(os.environ["OMP_NUM_THREADS"])  # as tests/conftest.py says
         assert found["device"] == found["again"] == torch.device("cpu")
         assert found["backend"] == "gloo"
     assert "gloo" in ranks4.describe()
     assert "gloo" in repr(ranks4)
+
+
+@pytest.mark.parametrize(
+    ("environment", "threads"),
+    [
+        ({}, [2]),
+        ({"OMP_NUM_THREADS": "3"}, []),  # torch has read it
+        ({"OMP_NUM_THREADS": "1", "TORCHELASTIC_RUN_ID": "x"}, [2]),  # torchrun's choice, no user's
+    ],
+)
+def test_ranks_share_the_cores_unless_the_user_chose(
+    monkeypatch: pytest.MonkeyPatch, environment: dict[str, str], threads: list[int]
+) -> None:
+    set_to: list[int] = []
+    monkeypatch.setattr(torch, "set_num_threads", set_to.append)
+    monkeypatch.setattr(os, "environ", environment)
+    monkeypatch.setattr(os, "cpu_count", lambda: 8)
+    prepare_rank(0, 4, 0, 4, "cpu")
+    assert set_to == threads
 
 
 def test_state_lasts_until_a_call_fails(ranks4: Ranks) -> None:

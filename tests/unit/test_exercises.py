@@ -574,7 +574,11 @@ def test_lines_are_statements():
     assert all(map(is_stub, (Untouched, untouched)))
 
 
-@pytest.mark.parametrize("attempt", [3, lambda x: x, max, eval("lambda: 1")], ids=repr)
+@pytest.mark.parametrize(
+    "attempt",
+    [3, lambda x: x, max, eval("lambda: 1")],
+    ids=["a number", "a lambda", "built-in", "evaluated"],
+)
 def test_what_has_no_readable_definition_is_refused(attempt):
     with pytest.raises(ConfigError, match=r"give the function or class|write it with `def`"):
         one_layer.row_product.check(attempt)

@@ -63,9 +63,11 @@ def test_every_trained_part_matters(model):
     logits = model(ids)
     for name, parameter in model.named_parameters():
         kept = parameter.data.clone()
-        parameter.data.zero_()
-        changed = model(ids)
-        parameter.data.copy_(kept)
+        try:
+            parameter.data.zero_()
+            changed = model(ids)
+        finally:  # other tests ask this model too
+            parameter.data.copy_(kept)
         # Far above what another order of summation would do (1e-5).
         assert (changed - logits).abs().max() > 1e-2, name
 

@@ -178,7 +178,7 @@ def test_make_test_ends_with_one_pytest_run_over_tests_and_notebooks() -> None:
     runs = [step for step in steps if "-m pytest" in step]
     assert runs == steps[-1:]
     assert "--nbval " in runs[0]
-    assert runs[0].endswith(" tests notebooks")
+    assert runs[0].endswith(" notebooks tests")
 
 
 def test_make_test_browser_chooses_the_browser_tests() -> None:
