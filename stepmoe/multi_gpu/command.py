@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import signal
 import sys
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -74,11 +75,15 @@ def _run(args: argparse.Namespace) -> int:
     print(_shown(setting, folder, wanted, known, left, args))
     if args.list or not left:
         return 0
+    # Told to end, it ends the step first: its processes would keep the GPUs.
+    before = signal.signal(signal.SIGTERM, signal.default_int_handler)
     try:
         finished = run_steps(left, folder, setting, describe_machine(setting), args.minutes)
     except KeyboardInterrupt:
         print("\nInterrupted: the same command goes on with the step that was running.")
         return 130
+    finally:
+        signal.signal(signal.SIGTERM, before)
     return _ended(finished)
 
 
