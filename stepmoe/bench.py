@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from stepmoe import command
+from stepmoe.command_checks import check_memory
 from stepmoe.measure import compare_latency, save, table
 from stepmoe.measure.plan import PHASES, Plan
 from stepmoe.measure.source import config_of
@@ -58,7 +59,7 @@ def _checked(args: argparse.Namespace) -> dict[str, Any]:
         "seed": args.seed,
     }
     plan = Plan.of(**arguments)
-    command.check_memory(config, plan.parallel, plan.dtype, args.device)
+    check_memory(config, plan.parallel, plan.dtype, args.device)
     return {**arguments, "timeout": args.timeout}
 
 

@@ -12,7 +12,7 @@ from typing import Any
 import torch
 import torch.distributed as dist
 
-from stepmoe.command import check_writable
+from stepmoe.command_checks import check_writable
 from stepmoe.errors import ConfigError
 from stepmoe.launch import init_distributed
 from stepmoe.launch.rank import DEVICES

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import argparse
 import importlib.util
-import math
 import os
 import shlex
 import sys
@@ -12,18 +11,16 @@ from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-import torch
 import torch.distributed as dist
 
 from stepmoe.checks import DTYPES
+from stepmoe.command_checks import check_writable
 from stepmoe.config import Step3p5Config
 from stepmoe.errors import CheckpointError, ConfigError, RankError, RankTimeout
-from stepmoe.fp8 import Quantization
 from stepmoe.launch import Ranks, init_distributed
 from stepmoe.launch.rank import DEVICES, check_device
 from stepmoe.layers import layer_numbers
-from stepmoe.model.fp8 import is_quantised
-from stepmoe.parallel import ParallelConfig, tensor_layouts
+from stepmoe.parallel import ParallelConfig
 from stepmoe.variants import VARIANTS
 
 if TYPE_CHECKING:
@@ -90,44 +87,6 @@ def shape_options(args: argparse.Namespace) -> dict[str, list[object]]:
     if args.layers is not None:
         options["layers"] = args.layers
     return options
-
-
-def weight_bytes(
-    config: Step3p5Config,
-    parallel: ParallelConfig,
-    dtype: torch.dtype,
-    quantization: Quantization = None,
-) -> int:
-    """Of rank 0."""
-    return sum(
-        math.prod(layout.local_shape)
-        * (1 if quantization and is_quantised(name) else dtype.itemsize)
-        for name, layout in tensor_layouts(config, parallel, 0).items()
-    )
-
-
-def check_memory(
-    config: Step3p5Config,
-    parallel: ParallelConfig,
-    dtype: torch.dtype,
-    device: str,
-    quantization: Quantization = None,
-) -> None:
-    """Raise ConfigError where the weights alone do not fit: the system would kill the ranks."""
-    weights = weight_bytes(config, parallel, dtype, quantization)
-    here = int(os.environ.get("LOCAL_WORLD_SIZE", parallel.processes))
-    gpus = torch.cuda.device_count() if device != "cpu" else 0
-    if gpus:
-        there = torch.cuda.get_device_properties(0).total_memory
-        needed, what = weights * -(-here // gpus), "a GPU"
-    else:
-        there = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
-        needed, what = weights * here, "this machine"
-    if needed > there:
-        raise ConfigError(
-            f"the weights of --shape take {needed / 2**30:,.0f} GiB with tp={parallel.tp} and "
-            f"{dtype}; {what} has {there / 2**30:,.0f}. Choose another shape, tp or dtype"
-        )
 
 
 def carry_out(
@@ -203,22 +162,6 @@ def layout_options(args: argparse.Namespace, arguments: dict[str, Any]) -> dict[
         "device": [args.device],
         "dtype": [str(arguments["dtype"]).removeprefix("torch.")],
     }
-
-
-def check_writable(file: Path | None) -> None:
-    """Raise ConfigError where a result could not be written."""
-    if file is None:
-        return
-    is_new = not file.exists()
-    try:
-        file.open("a").close()
-    except OSError as error:
-        raise ConfigError(
-            f"cannot write into {file} ({error.strerror}): give another file, in a folder that is "
-            "there"
-        ) from error
-    if is_new:
-        file.unlink(missing_ok=True)  # ranks of torchrun try at the same time
 
 
 def _check(args: argparse.Namespace) -> None:

@@ -2,20 +2,38 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Mapping
 
 import torch
 from torch import Tensor, nn
 
+from stepmoe.config import Step3p5Config
+from stepmoe.fp8 import Quantization
 from stepmoe.kernels.block_scale import FP8, BlockScaled
 from stepmoe.launch.progress_bar import progress
+from stepmoe.model.fp8 import is_quantised
 from stepmoe.model.merged import weight_views
-from stepmoe.parallel import TensorLayout
+from stepmoe.parallel import ParallelConfig, TensorLayout, tensor_layouts
 
 # Writes this rank's slice of a published tensor into the part of the model that it is given.
 Write = Callable[[Tensor | BlockScaled, str, TensorLayout], object]
 
 _WORTH_A_BAR = 2**28  # bytes of one rank; fewer are read or drawn at once
+
+
+def weight_bytes(
+    config: Step3p5Config,
+    parallel: ParallelConfig,
+    dtype: torch.dtype,
+    quantization: Quantization = None,
+) -> int:
+    """What the weights of one rank take, without the scales of FP8 blocks."""
+    return sum(
+        math.prod(layout.local_shape)
+        * (1 if quantization and is_quantised(name) else dtype.itemsize)
+        for name, layout in tensor_layouts(config, parallel, 0).items()
+    )
 
 
 def fill_weights(

@@ -12,7 +12,7 @@ from typing import Any
 import torch
 
 from stepmoe.checks import whole_number
-from stepmoe.command import check_writable
+from stepmoe.command_checks import check_writable
 from stepmoe.config import Step3p5Config
 from stepmoe.errors import ConfigError
 from stepmoe.parallel import ParallelConfig

@@ -15,6 +15,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from stepmoe import command
+from stepmoe.command_checks import check_memory
 from stepmoe.hub import locate
 from stepmoe.measure import Workload, compare_throughput, save
 from stepmoe.measure.report import throughput_table
@@ -91,7 +92,7 @@ def _checked(args: argparse.Namespace) -> dict[str, Any]:
         "quantization": args.quantization,
     }
     plan = ThroughputPlan.of(**arguments)
-    command.check_memory(plan.config, plan.parallel, plan.dtype, args.device, plan.quantization)
+    check_memory(plan.config, plan.parallel, plan.dtype, args.device, plan.quantization)
     return {**arguments, "dtype": plan.dtype, "timeout": args.timeout}
 
 

@@ -13,20 +13,17 @@ Legend: T tokens of a step, tp ranks, ep expert groups.
 
 from __future__ import annotations
 
-import math
 from collections import Counter
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field, replace
 from functools import lru_cache
-
-import torch
 
 from stepmoe.comm.cost import LINKS
 from stepmoe.comm.layer_cost import LayerTime, Machine, layer_time
 from stepmoe.comm.nodes import Nodes
 from stepmoe.config import Step3p5Config
 from stepmoe.errors import ConfigError
-from stepmoe.parallel import ParallelConfig, tensor_layouts
+from stepmoe.parallel import ParallelConfig
 from stepmoe.predict import RANKS, TOKENS, Compute
 from stepmoe.roofline import CHIPS, Chip, SubLayer, layer_roofline
 from stepmoe.variants import VARIANTS
@@ -108,12 +105,6 @@ def layout_for(config: Step3p5Config, tp: int) -> ParallelConfig:
         parallel = ParallelConfig(tp, ep, "dp")
         parallel.check(config)
     return parallel
-
-
-def weight_bytes(config: Step3p5Config, parallel: ParallelConfig) -> int:
-    """Of one rank, in bfloat16."""
-    layouts = tensor_layouts(config, parallel, 0).values()
-    return sum(math.prod(layout.local_shape) for layout in layouts) * torch.bfloat16.itemsize
 
 
 def scaled_step(

@@ -15,8 +15,9 @@ from matplotlib.ticker import FixedLocator, FuncFormatter, LogLocator, NullLocat
 
 from stepmoe import published
 from stepmoe.charts.overlay import draw_measured, draw_published
+from stepmoe.charts.ribbon import draw_spans
 from stepmoe.charts.runs import spread
-from stepmoe.charts.style import COLOURS, FAINT, INK, MARKERS, PAPER, new_figure, style, text_width
+from stepmoe.charts.style import COLOURS, FAINT, INK, MARKERS, new_figure, style
 from stepmoe.comm.fusion import GATES
 from stepmoe.comm.layer_cost import LayerTime, Machine, gate_tokens
 from stepmoe.comm.sweep import Span, fastest, sweep
@@ -114,7 +115,7 @@ class CrossoverPlot:
             self._limits(numbers)
             self._place_labels()
             self._place_gates(numbers, hidden, dtype_bytes)
-            self._draw_ribbon(numbers)
+            self._overlay += draw_spans(self.ribbon, self.spans, numbers, _WIDTH - _LEFT - _RIGHT)
             self._draw_legend(entries)
         link = machine.link
         self.subtitle.set_text(
@@ -189,27 +190,6 @@ class CrossoverPlot:
             first, second = sorted(shown, key=lambda text: text.get_position()[0])
             first.set(ha="right")
             second.set(ha="left")
-
-    def _draw_ribbon(self, numbers: Sequence[int]) -> None:
-        """A span reaches half way, on the log scale, to the next number of tokens."""
-        starts = [span.first for span in self.spans]
-        before = [numbers[max(numbers.index(start) - 1, 0)] for start in starts]
-        edges = [math.sqrt(a * b) for a, b in zip(before, starts, strict=True)] + [numbers[-1]]
-        for span, left, right in zip(self.spans, edges, edges[1:], strict=False):
-            height = 1 / len(span.variants)
-            for row, name in enumerate(span.variants):
-                bar = self.ribbon.barh(
-                    row * height, right - left, height, left, align="edge", color=COLOURS[name]
-                )
-                self._overlay += bar.patches
-                middle = math.sqrt(left * right), (row + 0.5) * height
-                text = self.ribbon.text(
-                    *middle, name, color=PAPER, weight="bold", size=9.5, ha="center", va="center"
-                )
-                share = math.log(right / left) / math.log(numbers[-1] / numbers[0])
-                fits = text_width(text) < share * (_WIDTH - _LEFT - _RIGHT)
-                text.set_visible(fits)
-                self._overlay.append(text)
 
     def _draw_legend(self, entries: list[Line2D]) -> None:
         if not entries:

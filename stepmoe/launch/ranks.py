@@ -14,7 +14,7 @@ from stepmoe.launch.failures import AFRESH, RESTARTED, error_from, how_it_ended
 
 if TYPE_CHECKING:
     from stepmoe.launch.call import Call
-    from stepmoe.launch.team import Team, Wanted
+    from stepmoe.launch.team import Team
 
 
 class Ranks:
@@ -170,16 +170,16 @@ class Ranks:
     def _take_over(self, previous: "Ranks | None") -> "Future[Team]":
         """The running ranks of an equal `Ranks`, emptied, else new ones."""
         if previous is None or previous._closed:
-            return _in_background(self._wanted)
+            return self._start()
         if previous._wanted != self._wanted:
             previous._close("a Ranks with other arguments was made")
-            return _in_background(self._wanted)
+            return self._start()
         with previous._lock:
             previous._closed = "a newer Ranks with the same arguments took its ranks over"
             atexit.unregister(previous.close)
             team = previous._team
         if team.result().cluster.deaths:
-            return _in_background(self._wanted, team)
+            return self._start(team)
         team.result().forget()
         return team
 
@@ -209,8 +209,13 @@ class Ranks:
         self._team.result().start_afresh()
         return AFRESH
 
+    def _start(self, old: "Future[Team] | None" = None) -> "Future[Team]":
+        from stepmoe.launch.team import start
+
+        return start(self._wanted, old)
+
     def _restart(self) -> None:
-        self._team = _in_background(self._wanted, self._team)
+        self._team = self._start(self._team)
 
     def _close(self, reason: str) -> None:
         with self._lock:
@@ -223,24 +228,6 @@ class Ranks:
 
 
 _current: Ranks | None = None
-
-
-def _in_background(wanted: "Wanted", old: "Future[Team] | None" = None) -> "Future[Team]":
-    """Stop the old team and start another one, while the caller goes on."""
-    from stepmoe.launch.team import Team
-
-    future: Future[Team] = Future()
-
-    def work() -> None:
-        try:
-            if old is not None and not old.exception():
-                old.result().cluster.stop()
-            future.set_result(Team(wanted))
-        except BaseException as error:
-            future.set_exception(error)
-
-    threading.Thread(target=work, name="stepmoe start", daemon=True).start()
-    return future
 
 
 def _nothing() -> None:

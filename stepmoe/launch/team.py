@@ -1,7 +1,9 @@
 """The ranks of a cluster: who is which, on what device, over which backend."""
 
 import socket
+import threading
 from collections import Counter
+from concurrent.futures import Future
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -116,6 +118,22 @@ class Team:
             results.append(engine.apply_async(worker.set_up, setup))
         for result in results:
             result.get(_ANSWER)
+
+
+def start(wanted: Wanted, old: Future[Team] | None = None) -> Future[Team]:
+    """Stop the old team and start another one, while the caller goes on."""
+    future: Future[Team] = Future()
+
+    def work() -> None:
+        try:
+            if old is not None and not old.exception():
+                old.result().cluster.stop()
+            future.set_result(Team(wanted))
+        except BaseException as error:
+            future.set_exception(error)
+
+    threading.Thread(target=work, name="stepmoe start", daemon=True).start()
+    return future
 
 
 def _describe(

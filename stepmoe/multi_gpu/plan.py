@@ -10,9 +10,9 @@ from typing import Any
 
 import torch
 
-from stepmoe.command import weight_bytes
 from stepmoe.config import Step3p5Config
 from stepmoe.errors import ConfigError
+from stepmoe.filling import weight_bytes
 from stepmoe.parallel import ParallelConfig
 
 #: Stands in a command for the file that a step writes.

@@ -12,6 +12,7 @@ from typing import Any
 
 from stepmoe import command
 from stepmoe.comm.fusion import IMPLEMENTATIONS
+from stepmoe.command_checks import check_writable
 from stepmoe.errors import ConfigError
 from stepmoe.launch import Ranks
 from stepmoe.launch.rank import DEVICES, check_device
@@ -63,7 +64,7 @@ def _run(args: argparse.Namespace) -> int:
 
 def _check(args: argparse.Namespace) -> None:
     check_device(args.device)
-    command.check_writable(args.json)
+    check_writable(args.json)
     if args.tp < _RANKS or args.tokens < 1 or args.hidden < 1:
         raise ConfigError(
             f"--tp {args.tp}, --tokens {args.tokens}, --hidden {args.hidden}: give at least "
