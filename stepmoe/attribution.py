@@ -33,7 +33,8 @@ def attribute(config: Step3p5Config, assumptions: Assumptions | None = None) -> 
             "fewer all-reduces",
             removed * one,
             "modelled",
-            f"{removed} of {nbytes / 2**20:.0f} MiB, {one * 1e3:.3f} ms each as published for NCCL",
+            f"{removed} of {nbytes / 2**20:.0f} MiB, {one * 1e3:.3f} ms each by the fitted model "
+            "(published for NCCL: 0.561)",
         ),
         Share(
             "fused add + norm",

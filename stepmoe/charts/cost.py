@@ -45,11 +45,12 @@ def cost_fit(check: PublishedCheck, title: str | None = None) -> Figure:
         title: above the picture; None writes one.
     """
     sizes = [prediction.nbytes for prediction in check.predictions]
+    kind = "curve" if check.algorithm == "pipelined" else "line"
     with style():
         figure = new_figure(8.4, 4.9)
         axes = figure.add_axes((0.1, 0.2, 0.86, 0.66))
         figure.suptitle(
-            title or "All-reduce of 8 GPUs: published, and predicted by one fitted line",
+            title or f"All-reduce of 8 GPUs: published, and predicted by one fitted {kind}",
             weight="bold",
             size=13.5,
             y=0.965,

@@ -59,7 +59,7 @@ def _parts(axes: Axes, predictions: Sequence[Prediction]) -> None:
     for part, (colour, hatch) in looks.items():
         widths = [getattr(p, part) * 1e3 for p in predictions]
         if any(widths):
-            basis = {"compute": "measured", "communication": "modelled"}.get(part, "assumed")
+            basis = {"compute": "recorded", "communication": "modelled"}.get(part, "assumed")
             axes.barh(
                 names,
                 widths,
@@ -110,7 +110,7 @@ def gain_waterfall(shares: Sequence[Share]) -> Figure:
             saved = share.seconds * 1e3
             level -= saved
             colour, hatch = looks[share.basis]
-            label = f"{share.name}\n({share.basis})"
+            label = f"{share.name.replace(' ', chr(10), 1)}\n({share.basis})"
             bars.append((label, saved, level, colour, hatch, f"-{saved:.1f}" if saved else "0"))
         bars.append(("after\n(published)", level, 0.0, FAINT, None, f"{level:.0f}"))
         for x, (_, height, bottom, colour, hatch, words) in enumerate(bars):

@@ -71,7 +71,7 @@ LINKS = {
     "nccl_sm90": Link(
         "nccl_sm90",
         0.73e-6,
-        558e9,
+        559e9,
         "fitted as pipelined to NCCL's all_reduce of 1 and 128 MiB on 8 GPUs, likely SM90 (vLLM "
         "#42324); above the wires' 450 GB/s, so the switch probably takes part in the sum "
         "(inferred)",

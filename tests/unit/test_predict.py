@@ -126,20 +126,20 @@ def test_every_assumption_moves_the_prediction():
     assert widths == sorted(widths, reverse=True)
 
 
-def test_pictures_say_what_is_measured_modelled_and_published():
+def test_pictures_say_what_is_recorded_modelled_and_published():
     predictions = [predict(FLASH, v, COMPUTE) for v in sm.VARIANTS]
     steps = charts.predicted_steps({"made up": predictions, "another": predictions})
     check_legible(steps)
     words = " ".join(
         text.get_text() for text in steps.findobj(match=lambda a: hasattr(a, "get_text"))
     )
-    for needed in ("measured", "modelled", "published", "ms a step", "before", "another"):
+    for needed in ("recorded", "modelled", "published", "ms a step", "before", "another"):
         assert needed in words
     fall = charts.gain_waterfall(attribute(FLASH))
     words = " ".join(
         text.get_text() for text in fall.findobj(match=lambda a: hasattr(a, "get_text"))
     )
-    assert "not explained" in words
+    assert "explained\n(unknown)" in words
     assert "not exercised" in words
     charts.assumptions_matter(sensitivity(FLASH, COMPUTE)).canvas.draw()
 
