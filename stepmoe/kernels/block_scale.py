@@ -9,6 +9,8 @@ the slice: columns of zeros are put before and behind it until it ends where blo
 are cut inside a block, every row gets its block's scale. So slicing adds no error. (Cut otherwise,
 sglang refuses the shared expert of Step-3.5-Flash at tp=4, where it has 320 of 1280 rows:
 github.com/sgl-project/sglang/issues/26107. To quantise a slice anew would round its numbers twice.)
+Activations are quantised by the rank that has them: where a block of columns is cut, each part gets
+a scale of its own, so that tp=1 and tp=8 differ there by a rounding of FP8.
 """
 
 from __future__ import annotations

@@ -1,9 +1,13 @@
 """grouped.py with the experts' weights in FP8: on Hopper a Triton kernel, else the reference.
 
-torch's scaled_grouped_mm knows one scale a row on Hopper, not 128 x 128 blocks (it was also half as
-fast as bf16 in a trial on an H100), and FlashInfer's grouped product of such blocks is for
-Blackwell. The reference multiplies the weights out and calls what bf16 calls: a copy of the layer's
-experts, twice as large, is written and read for every pass.
+What exists does not fit. torch's scaled_grouped_mm knows on Hopper one scale a row, not 128 x 128
+blocks (and took twice bf16's time in a trial on an H100). FlashInfer 0.6.13's grouped products of
+such blocks are for Blackwell; its cutlass_fused_moe has them for Hopper, but as one operation with
+routing weights and sum, another clamp of SwiGLU, and to be compiled first. A loop of scaled_mm over
+the experts has to wait for their counts of rows on the host.
+
+The reference multiplies the weights out and calls what bf16 calls: a copy of the layer's experts,
+twice as large, is written and read for every pass.
 
 Legend: as in grouped.py.
 """
