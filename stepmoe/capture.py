@@ -29,11 +29,15 @@ class Capture:
         model(input_ids, capture=capture)
         capture[3]["attn_output"]      # (batch, length, hidden), on every rank the same
 
-    A value that is a pending sum or cut by tokens is completed by an extra collective on a copy; it
-    shows in the ledger with site "capture". Every rank must capture the same layers.
+    The values of a layer are those in NAMES, in the model's dtype, on its device. A value that is a
+    pending sum or cut by tokens is completed by an extra collective on a copy; it shows in the
+    ledger with site "capture". Every rank must capture the same layers.
 
     Args:
         layers: which decoder layers; None means all.
+    Raises:
+        ConfigError: no layer's number; or, in the pass, a layer that the model does not have.
+        KeyError: on reading a layer that was not captured.
     """
 
     def __init__(self, layers: int | Iterable[int] | None = None) -> None:

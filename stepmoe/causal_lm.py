@@ -137,6 +137,8 @@ class Step3p5ForCausalLM(nn.Module):
         """The same with random weights: one seed gives the same model however it is cut.
 
         Args:
+            variant, parallel, device: as in from_pretrained.
+            dtype: of weights and activations; None means `config.torch_dtype`.
             on_device: draw on the rank's device, expert by expert, as the published shape needs:
                 same model on every kind of layout, but another one on another kind of device. False
                 draws every whole tensor in float32 on the CPU, where a stacked expert tensor of
@@ -195,6 +197,8 @@ class Step3p5ForCausalLM(nn.Module):
     ) -> Tensor:
         """Logits (batch, length, vocab) of input_ids (batch, length) int64, on every rank the same.
 
+        They are in the model's dtype, on its device.
+
         Args:
             input_ids: the same on every rank, which is not checked: ranks that pass different ids
                 get different, wrong logits. With a cache, only the tokens that are new.
@@ -202,6 +206,11 @@ class Step3p5ForCausalLM(nn.Module):
             capture: records named intermediate values.
             last_only: the logits of each sequence's last token alone, (batch, 1, vocab): what it
                 takes to go on. The head is spared the other tokens.
+
+        Raises:
+            ConfigError: ids of another shape or dtype, outside the vocabulary, or too many; a cache
+                of another model or batch.
+            PlacementError: the variant sums wrongly, or leaves a sum pending.
         """
         check_input(self.config, input_ids, cache)
         for remark in self.remarks:
@@ -228,7 +237,7 @@ class Step3p5ForCausalLM(nn.Module):
 
     @torch.no_grad()
     def generate(self, input_ids: Tensor, max_new_tokens: int = 16) -> Tensor:
-        """Greedy continuation: (batch, length) to (batch, length + at most max_new_tokens).
+        """Greedy continuation, int64: (batch, length) to (batch, length + at most max_new_tokens).
 
         Ends early when every sequence has produced an end-of-sequence token; a sequence that ended
         before the others is filled up with that token. On a GPU the steps after the prefill replay

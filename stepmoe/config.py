@@ -49,8 +49,13 @@ class LayerConfig:
 class Step3p5Config:
     """Shapes and constants of a Step-3.5 model. Tuples have one entry a layer.
 
-    `moe_layers` are the layers with experts; the others have a dense MLP. A SwiGLU limit of None
-    means no clamp.
+    `moe_layers` are the layers with experts; the others have a dense MLP. Sliding layers see
+    `sliding_window` tokens and have `num_attention_heads_sliding` query heads, full ones all tokens
+    and `num_attention_heads`. `intermediate_size` is that of the dense MLP. A SwiGLU limit of None
+    means no clamp. `torch_dtype` is the dtype that a model has unless another is asked for.
+
+    Raises:
+        ConfigError: names the field and the value that no model can have.
     """
 
     hidden_size: int

@@ -29,8 +29,19 @@ from stepmoe.comm.groups import RankGroup, meet
 class Ledger:
     """Collects what this rank does while it is open. Ledgers nest, and travel between processes.
 
+        with sm.Ledger() as ledger:
+            model(input_ids)
+        ledger.counts()                                        # {"all_reduce": 10}
+        [(e.op, e.layer, e.site, e.bytes, e.seconds) for e in ledger.entries]
+
     Args:
         annotates: whether torch.profiler, where it runs, is to see the steps by `label`.
+    Attributes:
+        steps: an Entry for every collective and, between them, for local work.
+        notes: what ran instead of what one would expect, and why.
+        rank: of this process; 0 without torch.distributed.
+    Raises:
+        RuntimeError: it is opened a second time.
     """
 
     steps: list[Entry] = field(default_factory=list)
@@ -65,7 +76,7 @@ class Ledger:
         return [step for step in self.steps if step.kind == "collective"]
 
     def counts(self) -> dict[str, int]:
-        """How many collectives of each kind."""
+        """How many collectives of each kind (`Entry.op`), on this rank; none without peers."""
         return dict(Counter(entry.op for entry in self.entries))
 
     def bytes_sent(self) -> float:

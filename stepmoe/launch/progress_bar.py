@@ -24,9 +24,10 @@ def progress(iterable: Iterable[Item], total: int | None = None, desc: str = "")
     """Iterate over `iterable` and show how far rank 0 is, once the work lasts 2 s.
 
     Under `Ranks` the bar appears in the notebook, under torchrun and alone on rank 0's stderr.
-    It disappears with the work.
+    It disappears with the work. Other ranks just iterate.
 
     Args:
+        iterable: the work, an item a step.
         total: the number of items; by default the iterable's length, where it has one.
         desc: shown before the bar.
     """

@@ -54,6 +54,7 @@ class Ranks:
     Raises:
         ConfigError: an argument that cannot work, before anything starts.
         ImportError: ipyparallel is not installed.
+        RuntimeError: fewer than n started; with the end of their log.
     """
 
     def __init__(
@@ -93,7 +94,8 @@ class Ranks:
 
         What the ranks print is printed here afterwards, rank by rank. To keep something in a
         rank until the next call, put it into the dict `stepmoe.launch.rank.state`; a call that
-        fails empties it and makes the process groups anew.
+        fails empties it and makes the process groups anew. Arguments and results are copied: of a
+        tensor that is a view only what it shows, so that views of one memory share none there.
 
         Args:
             fn: a function, defined anywhere: imported, in a notebook's cell, a lambda, a closure.
