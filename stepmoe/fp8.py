@@ -100,7 +100,7 @@ def keep(
     spread = scale.float().index_select(-2, rows // BLOCK - slices[-2].start // BLOCK)
     if len(slices) == 2:
         here = slice(begin // target.grain, begin // target.grain + len(rows))
-    target.scale[here][..., : target.blocks] = spread
+    target.scale[here][..., : target.num_blocks] = spread
 
 
 def hull(slices: tuple[slice, ...], shape: tuple[int, ...]) -> tuple[slice, ...]:

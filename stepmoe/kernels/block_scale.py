@@ -48,7 +48,7 @@ class BlockScaled:
     columns: int
 
     @property
-    def blocks(self) -> int:
+    def num_blocks(self) -> int:
         """L."""
         return self.weight.shape[-1] // BLOCK
 
@@ -69,8 +69,8 @@ class BlockScaled:
     def multiplied_out(self, dtype: torch.dtype) -> Tensor:
         """The numbers that it stands for: (..., N, columns), each rounded to dtype once."""
         wide = torch.promote_types(dtype, torch.float32)
-        scale = self.scale[..., : self.blocks].to(wide).repeat_interleave(self.grain, -2)
-        numbers = self.weight.to(wide).unflatten(-1, (self.blocks, BLOCK)) * scale[..., None]
+        scale = self.scale[..., : self.num_blocks].to(wide).repeat_interleave(self.grain, -2)
+        numbers = self.weight.to(wide).unflatten(-1, (self.num_blocks, BLOCK)) * scale[..., None]
         return numbers.flatten(-2).narrow(-1, self.offset, self.columns).to(dtype)
 
 

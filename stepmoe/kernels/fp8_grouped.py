@@ -52,7 +52,7 @@ def gate_up_swiglu(
 def grouped_linear(rows: Tensor, weight: BlockScaled, order: RowOrder, start: int) -> Tensor:
     """rows (count, in) times each its expert's weight (E_local, N, in), transposed: (count, N)."""
     num_rows = order.ends[-1:] - start
-    quantised = quantise_rows(rows, weight.offset, weight.blocks, num_rows)
+    quantised = quantise_rows(rows, weight.offset, weight.num_blocks, num_rows)
     if _takes_kernel(rows):
         from stepmoe.kernels import fp8_grouped_gpu
 

@@ -37,7 +37,7 @@ def fp8_linear(x: Tensor, weight: BlockScaled) -> Tensor:
     The result has x's dtype; sums are in float32 or wider. `linear_kernel` says what computes it.
     """
     rows = x.flatten(0, -2)
-    quantised = quantise_rows(rows, weight.offset, weight.blocks)
+    quantised = quantise_rows(rows, weight.offset, weight.num_blocks)
     if has_fp8_products(x.device) and x.dtype is not torch.float64:
         output = _scaled_mm(quantised, weight, x.dtype)[: len(rows)]
     else:

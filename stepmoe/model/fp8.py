@@ -105,7 +105,7 @@ class Fp8ExpertWeights(Fp8Weights):
     ) -> Callable[[int, int], Tensor]:
         """As ExpertWeights.first_half; the tokens are quantised once for all passes."""
         weight = self.blocks
-        quantised = quantise_rows(x, weight.offset, weight.blocks)
+        quantised = quantise_rows(x, weight.offset, weight.num_blocks)
         return lambda start, count: gate_up_swiglu(x, quantised, weight, order, start, count, limit)
 
     def second_half(self, rows: Tensor, order: RowOrder, start: int) -> Tensor:

@@ -70,7 +70,7 @@ def test_products_are_those_of_the_quantised_numbers(shape, tokens, dtype):
     layer, exact = filled(Fp8Linear({"down_proj": cut}, {}), whole, cut)
     x = activations(tokens, exact.shape[1], dtype)
     weight = layer.blocks
-    quantised = fp8_linear.quantise_rows(x, weight.offset, weight.blocks)
+    quantised = fp8_linear.quantise_rows(x, weight.offset, weight.num_blocks)
     stands_for = quantised.multiplied_out(tokens, weight.offset, weight.columns, torch.float64)
     # FP8 products are exact; cuBLAS adds 128 of them in about 14 bits before it goes on in float32.
     # bfloat16 rounds the result by 2^-9 on average. Scales in a wrong layout are off by 10 %.

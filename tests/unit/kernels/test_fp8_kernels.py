@@ -83,7 +83,7 @@ def test_experts(device, data):
     up = stack(num_local, 2 * inner, 136, grain, 0, device)
     down = stack(num_local, 128, inner, 128, offset, device)
     x = torch.randn(tokens, 136, device=device)
-    quantised = block_scale.quantise_rows(x, 0, up.blocks)
+    quantised = block_scale.quantise_rows(x, 0, up.num_blocks)
     start, count = data.draw(st.integers(0, ids.numel())), data.draw(st.integers(1, ids.numel()))
     filled = max(0, min(count, int(order.ends[-1]) - start))
 
@@ -95,7 +95,7 @@ def test_experts(device, data):
     close = {"atol": 1e-5 if INTERPRETED else 2e-3, "rtol": 1e-5}
     torch.testing.assert_close(found[:filled], expected[:filled], **close)
     found[filled:] = torch.nan  # what nobody computed must not be read
-    quantised = block_scale.quantise_rows(found, offset, down.blocks)
+    quantised = block_scale.quantise_rows(found, offset, down.num_blocks)
     expected = fp8_grouped.grouped_linear(found[:filled], down, order, start)
     with mock.patch.object(fp8_grouped_gpu, "FEW_ROWS", few):
         found = fp8_grouped_gpu.grouped_linear(found, quantised, down, order, start)
