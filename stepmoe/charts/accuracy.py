@@ -145,9 +145,9 @@ def questions_needed(
 
 
 _PAIRED: tuple[dict[str, Any], ...] = (
-    {"color": "#D55E00", "ls": (0, (5, 1.5))},
+    {"color": "#E69F00", "ls": (0, (5, 1.5))},
     {"color": "#0072B2", "ls": (0, (3, 1, 1, 1))},
-    {"color": "#009E73", "ls": (0, (1, 1))},
+    {"color": "#56B4E9", "ls": (0, (1, 1))},
 )
 _Row = tuple[str, Interval, str, dict[str, Any]]  # name, accuracy, numbers in words, look
 

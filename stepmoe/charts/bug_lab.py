@@ -20,8 +20,9 @@ from stepmoe.measure.report import provenance
 if TYPE_CHECKING:
     import pandas as pd
 
-# Of Okabe and Ito, as in charts.style; the mark repeats the colour.
-_RANKS = (("#0072B2", "o"), ("#D55E00", "^"), ("#009E73", "s"), ("#CC79A7", "D"))
+# No variant's colours; the mark repeats them.
+_RANKS = (("#0072B2", "o"), ("#E69F00", "^"), ("#56B4E9", "s"), (FAINT, "D"))
+_PUBLISHED = _FIRST = "#E69F00"
 _POINTS = 120  # of each rank: more hide each other
 _COLUMNS = 4
 
@@ -139,7 +140,7 @@ def guard_matrix(
                 size, colour = (11, INK) if found else (3, FAINT)
                 axes.plot(column, row, "s" if found else ".", color=colour, ms=size)
                 if first.get(fault) == guard:
-                    axes.plot(column, row, "o", ms=20, mfc="none", mec="#D55E00", mew=1.8)
+                    axes.plot(column, row, "o", ms=20, mfc="none", mec=_FIRST, mew=1.8)
         axes.set_yticks(range(len(faults)), faults)
         axes.set_xticks(range(len(guards)), guards)
         axes.set(xlim=(-0.6, len(guards) - 0.4), ylim=(len(faults) - 0.4, -0.6))
@@ -148,7 +149,7 @@ def guard_matrix(
         axes.spines[["left", "bottom"]].set_visible(False)
         handles = [
             Line2D([], [], color=INK, marker="s", ls="", ms=9, label="finds it"),
-            Line2D([], [], color="#D55E00", marker="o", mfc="none", ls="", ms=12, label="first"),
+            Line2D([], [], color=_FIRST, marker="o", mfc="none", ls="", ms=12, label="first"),
         ]
         axes.legend(handles=handles, loc="upper left", bbox_to_anchor=(1.0, 1.0), frameon=False)
         figure.tight_layout()
@@ -194,7 +195,7 @@ def accuracy_under_faults(
         handles = [
             Line2D([], [], color=INK, marker="o", ls="", label="mini model, 95 % interval"),
             Line2D(
-                [], [], color="#D55E00", marker="D", mfc="none", ls="-", label="published, GSM8K"
+                [], [], color=_PUBLISHED, marker="D", mfc="none", ls="-", label="published, GSM8K"
             ),
         ]
         figure.legend(handles=handles, loc="lower center", ncols=2, frameon=False)
@@ -204,7 +205,7 @@ def accuracy_under_faults(
 
 def _published(axes: Axes, y: float, wrong: float, right: float | None) -> None:
     """A hollow diamond where it fell to, a line from where it fell."""
-    axes.plot(wrong, y, "D", color="#D55E00", mfc="none", ms=6)
+    axes.plot(wrong, y, "D", color=_PUBLISHED, mfc="none", ms=6)
     if right is not None:
-        arrow = {"arrowstyle": "->", "color": "#D55E00", "lw": 1.1, "shrinkA": 0, "shrinkB": 4}
+        arrow = {"arrowstyle": "->", "color": _PUBLISHED, "lw": 1.1, "shrinkA": 0, "shrinkB": 4}
         axes.annotate("", xy=(wrong, y), xytext=(right, y), arrowprops=arrow)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
@@ -11,11 +11,11 @@ from stepmoe.charts.style import (
     COLOURS,
     FAINT,
     INK,
+    bytes_in_one_unit,
     in_order,
     legend_patches,
     look_of,
     new_figure,
-    readable_bytes,
     style,
 )
 from stepmoe.comm.ledger import Entry, Ledger
@@ -51,8 +51,8 @@ def collectives(by_variant: Mapping[str, Ledger], title: str | None = None) -> F
             figure.suptitle(title, weight="bold", size=13.5, y=1 - 0.25 / height)
         for column, (heading, size, words) in enumerate(
             (
-                ("collectives", lambda entry: 1.0, lambda total: f"{total:.0f}"),
-                ("sent by each rank", lambda entry: entry.bytes_sent, readable_bytes),
+                ("collectives", lambda entry: 1.0, lambda totals: [f"{x:.0f}" for x in totals]),
+                ("sent by each rank", lambda entry: entry.bytes_sent, bytes_in_one_unit),
             )
         ):
             left = _LEFT + column * (_PANEL + 0.55)
@@ -103,7 +103,7 @@ def _panel(
     layers: Mapping[str, int],
     heading: str,
     size: Callable[[Entry], float],
-    words: Callable[[float], str],
+    words: Callable[[Sequence[float]], list[str]],
 ) -> None:
     """Bars of one MoE layer with their totals; the whole pass as a column of numbers."""
     totals = []
@@ -117,10 +117,11 @@ def _panel(
     room = max(totals) or 1.0  # bars take half of the panel, numbers the rest
     axes.set(xlim=(0, room / 0.5), ylim=(len(by_variant) - 0.5, -0.5), yticks=[], xticks=[])
     axes.spines["bottom"].set_visible(False)
-    for row, (total, ledger) in enumerate(zip(totals, by_variant.values(), strict=True)):
-        whole = sum(size(entry) for entry in ledger.entries)
-        axes.text(total + room * 0.03, row, words(total), weight="bold", va="center")
-        axes.text(room / 0.5, row, words(whole), va="center", ha="right")
+    wholes = [sum(map(size, ledger.entries)) for ledger in by_variant.values()]
+    for row, (total, text) in enumerate(zip(totals, words(totals), strict=True)):
+        axes.text(total + room * 0.03, row, text, weight="bold", va="center")
+    for row, text in enumerate(words(wholes)):
+        axes.text(room / 0.5, row, text, va="center", ha="right")
     held = set(layers.values())
     layer = f" (layer {held.pop()})" if len(held) == 1 else ""
     for x, inches, text, look in (
@@ -139,7 +140,7 @@ def _names(axes: Axes, names: list[str]) -> None:
             y,
             marker="s",
             markersize=9,
-            color=COLOURS.get(name, INK),
+            color=COLOURS.get(name.partition(",")[0], INK),  # 'reduce_scatter, attention="dp"'
             transform=axes.get_yaxis_transform(),
             clip_on=False,
         )

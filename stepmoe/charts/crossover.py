@@ -24,9 +24,11 @@ from stepmoe.comm.sweep import Span, fastest, sweep
 from stepmoe.errors import ConfigError
 
 # Inches.
-_WIDTH, _HEIGHT = 9.6, 6.75
+_WIDTH = 9.6
 _LEFT, _RIGHT, _TOP, _CURVES, _RIBBON = 0.85, 1.95, 1.0, 3.15, 0.3
 _LEGEND = 5.15  # its upper edge, from the top
+_LEGEND_ROW = 0.21
+_PUBLISHED_ROWS, _MEASURED_ROWS = 4, 2  # the most there are: a row a published series, or a phase
 _ROW = 0.2  # between direct labels
 _TOKENS = tuple(2**power for power in range(15))
 # Curves that coincide stay visible through each other's gaps.
@@ -41,15 +43,20 @@ _DASHES = {
 class CrossoverPlot:
     """A figure that is drawn once and then updated in place: a slider moves it within a frame.
 
+    Args:
+        has_measured: leave room for what a measurement adds to the legend.
+
     Attributes:
-        figure: the matplotlib figure.
+        figure: the matplotlib figure; height: its height in inches.
         times: what is drawn: the predictions of every variant.
         spans: which variant is predicted fastest where.
     """
 
-    def __init__(self) -> None:
+    def __init__(self, has_measured: bool = False) -> None:
+        rows = _PUBLISHED_ROWS + (_MEASURED_ROWS if has_measured else 0)
+        self.height = _LEGEND + 0.2 + rows * _LEGEND_ROW
         with style():
-            self.figure = new_figure(_WIDTH, _HEIGHT)
+            self.figure = new_figure(_WIDTH, self.height)
             self.axes = self._add_axes(_TOP, _CURVES)
             self.ribbon = self._add_axes(_TOP + _CURVES + 0.08, _RIBBON)
             self._frame()
@@ -73,7 +80,7 @@ class CrossoverPlot:
                 for name in GATES
             }
             self.subtitle = self.figure.text(
-                0.5, 1 - 0.53 / _HEIGHT, "", size=10.5, ha="center", va="center"
+                0.5, 1 - 0.53 / self.height, "", size=10.5, ha="center", va="center"
             )
         self.times: dict[str, Sequence[LayerTime]] = {}
         self.spans: list[Span] = []
@@ -126,8 +133,8 @@ class CrossoverPlot:
 
     def _add_axes(self, top: float, height: float) -> Axes:
         width = _WIDTH - _LEFT - _RIGHT
-        box = (_LEFT, _HEIGHT - top - height, width, height)
-        sizes = (_WIDTH, _HEIGHT, _WIDTH, _HEIGHT)
+        box = (_LEFT, self.height - top - height, width, height)
+        sizes = (_WIDTH, self.height, _WIDTH, self.height)
         left, bottom, across, up = (part / size for part, size in zip(box, sizes, strict=True))
         return self.figure.add_axes((left, bottom, across, up))
 
@@ -136,7 +143,7 @@ class CrossoverPlot:
             "Predicted: communication, adds and norms of one MoE layer",
             weight="bold",
             size=13.5,
-            y=1 - 0.22 / _HEIGHT,
+            y=1 - 0.22 / self.height,
         )
         self.axes.set(xscale="log", yscale="log", ylabel="µs a layer (lines: predicted)")
         self.axes.grid(axis="y", color=FAINT, alpha=0.25, lw=0.6)
@@ -199,7 +206,7 @@ class CrossoverPlot:
             by_label.values(),
             by_label.keys(),
             loc="upper left",
-            bbox_to_anchor=(_LEFT / _WIDTH - 0.02, 1 - _LEGEND / _HEIGHT),
+            bbox_to_anchor=(_LEFT / _WIDTH - 0.02, 1 - _LEGEND / self.height),
             frameon=False,
             fontsize=9.5,
             borderpad=0.2,
@@ -232,6 +239,6 @@ def crossover(
     Raises:
         ConfigError: fewer than two numbers of tokens, or impossible ones.
     """
-    plot = CrossoverPlot()
+    plot = CrossoverPlot(measured is not None)
     plot.update(tokens, hidden, tp, dtype_bytes, machine, attention, measured, show_published)
     return plot.figure

@@ -23,7 +23,9 @@ _MEANING = {
 }
 
 
-def dataflow(ledger: Ledger, layer: int, title: str | None = None) -> Figure:
+def dataflow(
+    ledger: Ledger, layer: int, title: str | None = None, *, legend: bool = True
+) -> Figure:
     """Draw the data flow of one decoder layer, as this rank's ledger recorded it.
 
     Operations follow each other downwards; the residual stream is the line on the left. An arrow
@@ -36,6 +38,7 @@ def dataflow(ledger: Ledger, layer: int, title: str | None = None) -> Figure:
         ledger: recorded around a model call on at least two ranks.
         layer: index of the decoder layer.
         title: above the picture; None writes one.
+        legend: say below it what the lines mean; off where several pictures share one.
 
     Raises:
         ConfigError: the ledger holds no collective, or nothing of this layer.
@@ -44,23 +47,39 @@ def dataflow(ledger: Ledger, layer: int, title: str | None = None) -> Figure:
     is_moe = any(node.op == "experts" for node in flow.nodes)
     title = title or f"Decoder layer {layer} ({'mixture of experts' if is_moe else 'dense'})"
     with style():
-        figure = new_figure(_WIDTH, _height(flow))
+        figure = new_figure(_WIDTH, _height(flow) + (_FOOT if legend else 0.1))
         axes = inch_axes(figure, 0, 0, *figure.get_size_inches())
         axes.text(_WIDTH / 2, 0.25, title, weight="bold", size=13.5, ha="center", va="center")
         pen = Pen(axes)
         bottom = _Drawing(pen, flow).draw()
-        axes.plot((0.3, _WIDTH - 0.3), (bottom + 0.2, bottom + 0.2), color=FAINT, lw=0.8)
-        for row, (placement, meaning) in enumerate(_MEANING.items()):
-            y = bottom + 0.42 + 0.26 * row
-            pen.line([(0.4, y), (1.2, y)], placement)
-            pen.marker(0.8, y, placement)
-            axes.text(1.4, y, meaning, size=10, va="center")
+        if legend:
+            axes.plot((0.3, _WIDTH - 0.3), (bottom + 0.2, bottom + 0.2), color=FAINT, lw=0.8)
+            _legend(pen, bottom + 0.42)
     return figure
+
+
+def placements(note: str) -> Figure:
+    """The legend of `dataflow` alone, for several pictures, and a line in italics below it."""
+    with style():
+        figure = new_figure(_WIDTH, _FOOT + 0.4)
+        axes = inch_axes(figure, 0, 0, *figure.get_size_inches())
+        _legend(Pen(axes), 0.3)
+        axes.text(0.4, 0.42 + 0.26 * len(_MEANING), note, size=10, va="center", style="italic")
+    return figure
+
+
+def _legend(pen: Pen, top: float) -> None:
+    """What the lines and markers mean."""
+    for row, (placement, meaning) in enumerate(_MEANING.items()):
+        y = top + 0.26 * row
+        pen.line([(0.4, y), (1.2, y)], placement)
+        pen.marker(0.8, y, placement)
+        pen.axes.text(1.4, y, meaning, size=10, va="center")
 
 
 def _height(flow: LayerFlow) -> float:
     """What `_Drawing` uses: each item's own height, and an arrow into it or a line to the left."""
-    height = _HEAD + _GAP + _FOOT + (_GAP if flow.residual is None else 0)
+    height = _HEAD + _GAP + (_GAP if flow.residual is None else 0)
     for item in flow.items:
         if isinstance(item, Branches):
             rows = max(len(chain) for chain in item.chains)

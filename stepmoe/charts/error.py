@@ -11,7 +11,7 @@ from matplotlib.figure import Figure
 from matplotlib.ticker import LogLocator, MaxNLocator, NullFormatter
 
 from stepmoe.charts.panels import look_of_variant
-from stepmoe.charts.style import FAINT, new_figure, style
+from stepmoe.charts.style import FAINT, SERIES, new_figure, style
 from stepmoe.errors import ConfigError
 from stepmoe.measure.report import provenance
 
@@ -19,12 +19,7 @@ if TYPE_CHECKING:
     import pandas as pd
 
 # Orders of summation, where only they differ; and dtypes, in every chart of errors.
-_ORDERS = {
-    "library": {"color": "#4D4D4D", "marker": "s"},
-    "ring": {"color": "#D55E00", "marker": "o"},
-    "tree": {"color": "#009E73", "marker": "^"},
-    "wide": {"color": "#0072B2", "marker": "D"},
-}
+_ORDERS = dict(zip(("ring", "wide", "tree", "library"), SERIES, strict=True))
 _LINES = {"float32": "-", "bfloat16": (0, (4, 1.5)), "float16": (0, (2, 1)), "float64": (0, (1, 1))}
 _ROW = 0.3  # inches
 
@@ -53,7 +48,7 @@ def looks_of_cases(frame: pd.DataFrame) -> dict[str, dict[str, Any]]:
 
 
 def logit_errors(frame: pd.DataFrame, title: str | None = None) -> Figure:
-    """Relative error, divergence and flips (changed first choices) of the logits, a row a case.
+    """Relative error, divergence and changed first choices of the logits, a row a case.
 
     Raises:
         ConfigError: another kind of frame.
@@ -63,7 +58,7 @@ def logit_errors(frame: pd.DataFrame, title: str | None = None) -> Figure:
     panels: tuple[tuple[str, str, Callable[[dict[str, Any]], float]], ...] = (
         ("relative error", "log", lambda row: row["logits"]),
         ("KL divergence, nats", "log", lambda row: row["kl"]),
-        (f"flips, of {rows[0]['positions']}", "linear", lambda row: row["flips"]),
+        (f"other first choice, of {rows[0]['positions']}", "linear", lambda row: row["flips"]),
     )
     with style():
         figure = new_figure(10.0, 1.5 + _ROW * len(rows))
@@ -98,7 +93,8 @@ def batch_invariance(*frames: pd.DataFrame, title: str | None = None) -> Figure:
     """The largest change of a logit, and the sequences whose bits are unchanged, by batch size.
 
     Args:
-        frames: of `measure.batch_invariance`; each becomes a line, named by its dtype.
+        frames: of `measure.batch_invariance`; each becomes a line, named by its dtype, and by its
+            order of summation where one was chosen.
 
     Raises:
         ConfigError: no frame, or another kind.
@@ -108,13 +104,13 @@ def batch_invariance(*frames: pd.DataFrame, title: str | None = None) -> Figure:
             raise ConfigError("give what measure.batch_invariance returned")
     if not frames:
         raise ConfigError("no frame to draw: give what measure.batch_invariance returned")
-    looks = [*_ORDERS.values()]
+    dtypes = ", ".join(dict.fromkeys(frame.attrs["dtype"] for frame in frames))
     with style():
         figure = new_figure(10.0, 3.4)
         left, right = figure.subplots(1, 2)
         for place, frame in enumerate(frames):
-            look = looks[place % len(looks)]
-            name = f"{frame.attrs['dtype']}, order {frame['order'].iloc[0]}"
+            look, order = SERIES[place % len(SERIES)], frame["order"].iloc[0]
+            name = frame.attrs["dtype"] + ("" if order == "library" else f", order {order}")
             sizes = list(range(len(frame)))
             changes = [value if value > 0 else float("nan") for value in frame["largest"]]
             left.plot(sizes, changes, label=name, mfc="none", ms=10 - 2 * place, **look)
@@ -128,7 +124,8 @@ def batch_invariance(*frames: pd.DataFrame, title: str | None = None) -> Figure:
         for axes in (left, right):
             axes.set_xticks(range(len(frames[0])), frames[0]["batch_size"])
             axes.set_xlabel("sequences computed together")
-        _head(figure, title or "A sequence alone and in a batch", provenance(frames[0].attrs))
+        made = provenance({**frames[0].attrs, "dtype": dtypes})
+        _head(figure, title or "A sequence alone and in a batch", made)
     return figure
 
 

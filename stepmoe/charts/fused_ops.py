@@ -10,13 +10,13 @@ from matplotlib.ticker import FixedLocator, NullLocator, StrMethodFormatter
 from stepmoe.charts.style import INK, new_figure, style
 from stepmoe.measure.report import where
 
-# Colour tells the library, line and marker the number of shots.
+# Colour (no variant's) tells the library, line and marker the number of shots.
 _LOOKS: dict[str, dict[str, Any]] = {
-    "unfused": {"color": "#4D4D4D", "marker": "o", "ls": "-"},
+    "unfused": {"color": INK, "marker": "o", "ls": "-"},
     "triton one-shot": {"color": "#0072B2", "marker": "^", "ls": "-"},
     "triton two-shot": {"color": "#0072B2", "marker": "v", "ls": "--", "mfc": "white"},
-    "flashinfer one-shot": {"color": "#D55E00", "marker": "s", "ls": "-"},
-    "flashinfer two-shot": {"color": "#D55E00", "marker": "D", "ls": "--", "mfc": "white"},
+    "flashinfer one-shot": {"color": "#E69F00", "marker": "s", "ls": "-"},
+    "flashinfer two-shot": {"color": "#E69F00", "marker": "D", "ls": "--", "mfc": "white"},
 }
 
 

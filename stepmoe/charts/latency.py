@@ -57,8 +57,11 @@ def latency(*frames: pd.DataFrame, title: str | None = None) -> Figure:
         phases = [part for _, part in frame.groupby("phase", sort=False)]
         width = WIDTH / len(phases)
         grid.y += HEAD
+        highest = frame["p90"].max()
+        is_log = bool(highest > 10 * frame["p10"].min())
         for number, part in enumerate(phases):
-            _lines(grid.axes(0.75 + number * width, width - 0.75 - NAMES, _HEIGHT), part)
+            axes = grid.axes(0.75 + number * width, width - 0.75 - NAMES, _HEIGHT)
+            _lines(axes, part, unit_for([highest]), is_log=is_log)
         grid.y += _HEIGHT + AXIS
         grid.text(0.75, f"median of {frame['repeats'].min()} rounds; bars from p10 to p90")
         grid.y += HEAD
@@ -90,7 +93,7 @@ def where_the_time_goes(*frames: pd.DataFrame, title: str | None = None) -> Figu
         grid.text(
             NAMES,
             "told apart by letting the ranks meet before each collective, "
-            f"which makes a step {low:+.0%} to {high:+.0%} longer",
+            f"which changes a step by {low:+.0%} to {high:+.0%}",
         )
         grid.y += HEAD
 
@@ -133,8 +136,10 @@ def speedup(*frames: pd.DataFrame, title: str | None = None) -> Figure:
     return figure_of(others, title, height, draw)
 
 
-def _lines(axes: Axes, frame: pd.DataFrame) -> None:
-    factor, unit = unit_for(frame["p90"])
+def _lines(
+    axes: Axes, frame: pd.DataFrame, factor_and_unit: tuple[float, str], *, is_log: bool
+) -> None:
+    factor, unit = factor_and_unit
     tokens = sorted(frame["tokens"].unique())
     names = list(frame["variant"].unique())
     limits = tokens[0] / 1.4, tokens[-1] * 1.4
@@ -152,7 +157,7 @@ def _lines(axes: Axes, frame: pd.DataFrame) -> None:
     axes.xaxis.set_major_locator(FixedLocator(tokens))
     axes.xaxis.set_major_formatter(FuncFormatter(lambda x, _: f"{x:.0f}"))
     axes.xaxis.set_minor_locator(NullLocator())
-    if frame["p90"].max() > 10 * frame["p10"].min():
+    if is_log:
         axes.set_yscale("log")
         axes.yaxis.set_major_locator(LogLocator(subs=(1, 2, 5)))
         axes.yaxis.set_major_formatter(FuncFormatter(lambda y, _: f"{y:g}"))

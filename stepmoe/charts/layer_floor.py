@@ -11,7 +11,7 @@ from matplotlib.patches import Patch
 from stepmoe.charts.style import FAINT, INK, PAPER, new_figure, style
 from stepmoe.errors import ConfigError
 
-_WIDTH, _NAMES, _ROW, _HEAD, _FOOT = 10.0, 2.3, 0.3, 1.25, 0.6
+_WIDTH, _NAMES, _ROW, _HEAD, _FOOT = 10.0, 2.3, 0.3, 1.3, 0.6
 _FLOOR, _REST = "#0072B2", "#E69F00"
 
 
@@ -63,7 +63,10 @@ def layer_floor(record: dict[str, Any], phase: str = "prefill", batch: int | Non
 
 
 def _draw(axes: Axes, layer: dict[str, Any], names: list[str], first: bool) -> None:
-    """Bars of one layer, the floor in front; the ratio at the end of each, the layer's above."""
+    """Bars of one layer, the floor in front; the ratio at the end of each, the layer's above.
+
+    Above it also what its kernels take: the rest is gaps, and a host that launches too slowly.
+    """
     rows = {row["operation"]: row for row in layer["operations"]}
     longest = max(row["seconds"] for row in rows.values()) * 1e6
     for y, name in enumerate(names):
@@ -80,4 +83,6 @@ def _draw(axes: Axes, layer: dict[str, Any], names: list[str], first: bool) -> N
     axes.set_axisbelow(True)
     axes.set_facecolor(PAPER)
     whole = f"{layer['attention']}: {layer['seconds'] * 1e6:,.0f} µs, {layer['ratio']:.2f} x floor"
-    axes.set_title(whole, size=11.5)
+    kernels = layer["other"] + sum(row["seconds"] for row in rows.values())
+    alone = f"its kernels: {kernels * 1e6:,.0f} µs, {kernels / layer['floor']:.2f} x floor"
+    axes.set_title(f"{whole}\n{alone}", size=11.5)

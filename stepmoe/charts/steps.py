@@ -141,7 +141,7 @@ def _sentence(moment: Moment) -> str:
 
 def _words(node: Node) -> str:
     if node.op == "+":
-        return "sum of shared and routed"
+        return "shared + routed"
     return name_of(node.op).replace("keep_own_tokens", "keep own tokens")
 
 
@@ -175,7 +175,7 @@ def _tensors(axes: Axes, moment: Moment, ranks: int, height: float) -> None:
         axes.text(first - 0.2, at, value.placement, size=10, ha="right", va="center", color=colour)
         for rank in range(ranks):
             _cell(axes, value.placement, first + rank * (_CELL + _GAP), y, rank, ranks)
-    meaning = "black: all of it    green: own tokens    red +: an addend    bold: just made"
+    meaning = "black: all of it    green: own tokens    orange +: an addend    bold: just made"
     axes.text(first - _NAMES + 0.35, height - 0.22, meaning, size=9.5, va="center")
 
 

@@ -6,11 +6,13 @@ any of the common colour deficiencies can tell apart; hatches, markers and lines
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from contextlib import AbstractContextManager
 from typing import Any
 
 import matplotlib as mpl
 import matplotlib.pyplot as plt
+from cycler import cycler
 from matplotlib.artist import Artist
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
@@ -41,6 +43,13 @@ COLOURS = {
     "Partial": "#D55E00",
 }
 OTHER = "#FFFFFF"  # a step of someone's own variant; it is named wherever it is drawn
+# For lines that are no variant's: these colours mean none, and the markers repeat them.
+SERIES: tuple[dict[str, Any], ...] = (
+    {"color": "#0072B2", "marker": "o"},
+    {"color": "#E69F00", "marker": "s"},
+    {"color": "#56B4E9", "marker": "^"},
+    {"color": INK, "marker": "D"},
+)
 
 # Repeats the colour of a step: white lines on a collective, dark marks on local work.
 HATCHES = {
@@ -70,6 +79,7 @@ CODES = {
 NAMES = {"experts": "routed experts", "share_expert": "shared expert", "mlp": "dense MLP"}
 
 LEGEND_COLUMNS = 4
+_UNITS = ("B", "KiB", "MiB", "GiB")
 
 _SETTINGS: dict[Any, Any] = {
     "font.family": "sans-serif",
@@ -86,6 +96,7 @@ _SETTINGS: dict[Any, Any] = {
     "xtick.color": INK,
     "ytick.color": INK,
     "axes.edgecolor": FAINT,
+    "axes.prop_cycle": cycler(color=[look["color"] for look in SERIES]),
     "axes.spines.top": False,
     "axes.spines.right": False,
     "hatch.linewidth": 0.8,
@@ -195,8 +206,14 @@ def in_order(ops: set[str]) -> list[str]:
 
 def readable_bytes(size: float) -> str:
     """A size in bytes with a binary unit: 73,728 is "72.0 KiB", 147,456 "144 KiB"."""
-    for unit in ("B", "KiB", "MiB", "GiB"):
-        if size < 1024 or unit == "GiB":
-            break
-        size /= 1024
-    return f"{size:.0f} {unit}" if unit == "B" or size >= 100 else f"{size:.1f} {unit}"
+    return bytes_in_one_unit([size])[0]
+
+
+def bytes_in_one_unit(sizes: Sequence[float]) -> list[str]:
+    """Sizes to compare, in the unit of the smallest: "1,512 KiB" beside "792 KiB"."""
+    power = 0
+    while min(sizes) >= 1024 ** (power + 1) and power < len(_UNITS) - 1:
+        power += 1
+    numbers = [size / 1024**power for size in sizes]
+    whole = power == 0 or min(numbers) >= 100
+    return [f"{number:,.{0 if whole else 1}f} {_UNITS[power]}" for number in numbers]

@@ -225,8 +225,8 @@ def _notes(frame: pd.DataFrame) -> str:
         f"median of {rounds} rounds, the slowest rank of each; the variants take turns in a round.",
         "compute, communicate, wait: the mean rank's, timed apart with a ledger open and a meeting "
         f"of the ranks before every collective. A meeting takes {attrs['meeting'] * 1e6:.0f} µs "
-        f"when nobody is late; that way a step takes {added.min():+.0%} to {added.max():+.0%} "
-        "longer.",
+        f"when nobody is late; that way a step changes by {added.min():+.0%} to "
+        f"{added.max():+.0%}.",
         f"{attrs['method']} It contains 1: {NO_DIFFERENCE!r}.",
         f"Last-level cache {cache} ({attrs['hardware']['last_level_cache_source']}); "
         + (

@@ -34,7 +34,7 @@ class CrossoverExplorer(Explorer):
     def __init__(
         self, measured: Any = None, tp: int = 8, hidden: int = 4096, link: str = "nvlink4"
     ) -> None:
-        self.plot = CrossoverPlot()
+        self.plot = CrossoverPlot(measured is not None)
         self.measured = measured
         log, pick = ipywidgets.FloatLogSlider, ipywidgets.SelectionSlider
         start = LINKS[link]

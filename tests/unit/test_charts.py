@@ -20,6 +20,7 @@ import stepmoe as sm
 from stepmoe import charts
 from stepmoe.charts.flow import forward_layer, layer_flow
 from stepmoe.charts.runs import spread
+from stepmoe.charts.style import bytes_in_one_unit
 from stepmoe.comm.ledger import Entry, Ledger
 
 COMBINATIONS = list(itertools.product(sm.VARIANTS, ("tp", "dp")))
@@ -336,7 +337,13 @@ def test_collectives_label_counts_and_bytes(
         assert length == pytest.approx(sum(entry.bytes_sent for entry in of_layer))
     # 64 tokens x 128 x 4 bytes are 32 KiB; an all_reduce over 4 ranks sends 2 x 3/4 of them: 48.
     if attention == "tp":
-        assert {"144 KiB", "96.0 KiB"} <= set(words(figure))
+        assert {"144.0 KiB", "96.0 KiB"} <= set(words(figure))
+
+
+def test_sizes_to_compare_have_one_unit() -> None:
+    assert bytes_in_one_unit([2016 * 1024, 792 * 1024]) == ["2,016 KiB", "792 KiB"]
+    assert bytes_in_one_unit([3 * 2**20, 1.5 * 2**20]) == ["3.0 MiB", "1.5 MiB"]
+    assert bytes_in_one_unit([0, 2048]) == ["0 B", "2,048 B"]
 
 
 def test_a_thing_has_one_colour_in_every_chart(
