@@ -81,7 +81,10 @@ class Case:
         return "".join(self._findings.guards[TIMEOUT])
 
     def traffic(self, layer: int | None) -> str:
-        """Of one layer (None: outside the layers), what is promised and what was sent."""
+        """Of one layer (None: outside the layers), what is promised and what was sent.
+
+        An implementation and its reason stand below, once, where all the lines have the same.
+        """
         batch, length = self._ids.shape
         want = promised(
             self.setting.variant,
@@ -93,8 +96,11 @@ class Case:
             torch.device("cpu"),
         )
         sides = {"promised": want, "sent": recorded(self.ledger) if self.ledger else []}
-        lines = [f"{side:<9} {p}" for side, ps in sides.items() for p in ps if p.layer == layer]
-        return "\n".join(lines)
+        rows = [(side, p) for side, ps in sides.items() for p in ps if p.layer == layer]
+        hows = {p.how for _, p in rows if p.how}
+        once = len(hows) == 1
+        lines = [f"{side:<9} {p.what if once else p}" for side, p in rows]
+        return "\n".join([*lines, *(hows if once else ())])
 
     def check(self, guess: str) -> str:
         """Says so if `guess` is the fault.

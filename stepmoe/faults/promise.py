@@ -42,10 +42,19 @@ class Promised:
     reason: str = ""
 
     def __str__(self) -> str:
+        return f"{self.what}, {self.how}" if self.reason else self.what
+
+    @property
+    def what(self) -> str:
+        """What is sent, and between whom."""
         rows, columns = self.shape
         dtype = str(self.dtype).removeprefix("torch.")
-        text = f"{self.op} of {rows} x {columns} {dtype} over {self.group} ({self.ranks} ranks)"
-        return f"{text}, {self.implementation}: {self.reason}" if self.reason else text
+        return f"{self.op} of {rows} x {columns} {dtype} over {self.group} ({self.ranks} ranks)"
+
+    @property
+    def how(self) -> str:
+        """In which implementation, and why; empty where there is but one."""
+        return f"{self.implementation}: {self.reason}" if self.reason else ""
 
 
 def promised(

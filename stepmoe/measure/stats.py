@@ -55,8 +55,9 @@ class Comparison:
         return "better" if self.difference.value > 0 else "worse"
 
     def __str__(self) -> str:
-        points = [100 * x for x in (self.difference.value, self.difference.low)]
-        points.append(100 * self.difference.high)
+        interval = self.difference
+        values = (interval.value, interval.low, interval.high)
+        points = [round(100 * value, 1) + 0.0 for value in values]  # + 0.0: no -0.0
         return (
             "{:+.1f} points ({:+.1f} to {:+.1f}), ".format(*points)
             + f"p = {self.p_value:.2g}: {self.verdict}"

@@ -109,6 +109,7 @@ def test_the_published_pair():
     # Even if every one of the five were a flip to the better and there were no other flip.
     assert stats.paired_from_counts(1154, 0, 5, 160).p_value == 2 / 2**5
     assert stats.paired_from_counts(1154, 0, 5, 160).verdict == NO_DIFFERENCE
+    assert str(stats.paired_from_counts(1154, 0, 5, 160)).startswith("+0.4 points (+0.0 to +0.4)")
 
 
 def test_questions_for_independent_runs():
