@@ -35,7 +35,7 @@ _NUMBERS = {
     "decode-steps": "decode steps for each batch size",
 }
 # The published workload exceeds the tiny shape's positions, and a laptop's patience.
-_TINY = Workload(input_len=256, prompts=16, chunk=1024, context=256)
+_TINY = Workload(input_len=256, prompts=32, chunk=1024, context=256)
 
 
 def register(subparsers: argparse._SubParsersAction[argparse.ArgumentParser]) -> None:
