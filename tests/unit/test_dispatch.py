@@ -5,18 +5,21 @@ CPU tensors pass for a GPU's here, and what would be a kernel raises.
 
 import importlib
 import inspect
+import pkgutil
 import types
 
 import pytest
 import torch
 
 import stepmoe as sm
+from stepmoe import kernels
 from stepmoe.kernels import dispatch
 from stepmoe.kernels.permute import sort_by_expert
 from stepmoe.mini.trainer import training_logits
 from stepmoe.variants import LAYERS
 
-MODULES = ("attention", "grouped", "norm", "permute", "qk_norm_rotary", "routing", "swiglu")
+MODULES = {module.name for module in pkgutil.iter_modules(kernels.__path__)}
+REFERENCES = sorted(name for name in MODULES - {"dispatch"} if not name.endswith("_gpu"))
 
 
 class KernelRan(Exception):
@@ -25,7 +28,7 @@ class KernelRan(Exception):
 
 def dispatched():
     """Every operation that has a GPU version, by name."""
-    modules = [importlib.import_module(f"stepmoe.kernels.{name}") for name in MODULES]
+    modules = [importlib.import_module(f"stepmoe.kernels.{name}") for name in REFERENCES]
     return {
         name: function
         for module in modules
@@ -50,8 +53,8 @@ class Kernels:
 
 
 def pass_for_a_gpu(monkeypatch, raising):
-    kernels = Kernels(raising)
-    found = types.SimpleNamespace(import_module=lambda module: kernels)
+    stand_in = Kernels(raising)
+    found = types.SimpleNamespace(import_module=lambda module: stand_in)
     monkeypatch.setattr(dispatch, "importlib", found)
     monkeypatch.setattr(dispatch, "has_triton", lambda: True)
     monkeypatch.setattr(dispatch, "on_gpu", lambda tensor: True)
@@ -72,6 +75,7 @@ def arguments():
         "compute_logits": (x, torch.randn(4, 8)),
         "choose_experts": (torch.randn(6, 4), torch.randn(4), 2, True, 3.0),
         "permute_rows": (x, order, 0, 12),
+        "quantise_rows": (x, 0, 1),
         "unpermute_rows": (rows, order, torch.rand(6, 2), 0, x),
         "gate_up_swiglu": (x, matrices, order, 0, 12, None),
         "grouped_linear": (rows, matrices, order, 0),
