@@ -62,7 +62,10 @@ def _on_cpu(name: str, layout: TensorLayout, seed: int) -> Tensor:
 
 
 def _drawn(text: str, shape: tuple[int, ...], scale: float, device: torch.device) -> Tensor:
-    return torch.randn(shape, generator=_generator(text, device), device=device).mul_(scale)
+    """Normal with deviation `scale`, in float32: another dtype draws other numbers, and torch's
+    default may have been changed."""
+    generator = _generator(text, device)
+    return torch.randn(shape, generator=generator, device=device, dtype=torch.float32).mul_(scale)
 
 
 def _generator(text: str, device: torch.device) -> torch.Generator:

@@ -12,6 +12,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable
 from dataclasses import dataclass
+from functools import partial
 
 import torch
 from torch import Tensor
@@ -54,8 +55,9 @@ def draw_load(
             f"{tokens} at least 1"
         )
     experts = config.num_experts
-    bias = BIASES[routing] * torch.randn(experts, generator=generator)
-    logits = torch.randn(tokens, experts, generator=generator)
+    # One seed draws other numbers in another dtype: not torch's default, which may be changed.
+    draw = partial(torch.randn, generator=generator, dtype=torch.float32)
+    bias, logits = BIASES[routing] * draw(experts), draw(tokens, experts)
     topk_ids, _ = choose_experts(logits, bias, config.num_experts_per_tok, False, 1.0)
     return topk_ids.flatten().bincount(minlength=experts)
 

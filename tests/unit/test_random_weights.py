@@ -7,8 +7,33 @@ import stepmoe as sm
 from stepmoe.model.merged import published_views
 from stepmoe.parallel import tensor_layouts
 from stepmoe.random_weights import draw_into
+from stepmoe.simulated_routing import simulate_imbalance
 
 CONFIG = sm.Step3p5Config.tiny()
+
+
+@pytest.fixture
+def float64_by_default():
+    torch.set_default_dtype(torch.float64)
+    yield
+    torch.set_default_dtype(torch.float32)
+
+
+@pytest.mark.parametrize("on_device", [False, True])
+def test_a_seed_s_model_is_that_of_float32_whatever_torch_s_default(on_device, request):
+    ids = torch.randint(256, (2, 5))
+
+    def drawn():
+        model = sm.Step3p5ForCausalLM.from_config(CONFIG, on_device=on_device, seed=3)
+        rows = simulate_imbalance(CONFIG, [9], [2], draws=2)
+        return model(ids), model.state_dict(), rows
+
+    logits, weights, rows = drawn()
+    request.getfixturevalue("float64_by_default")
+    logits_then, weights_then, rows_then = drawn()
+    assert torch.equal(logits, logits_then)
+    assert all(torch.equal(weight, weights_then[name]) for name, weight in weights.items())
+    assert rows == rows_then
 
 
 @pytest.mark.parametrize(("tp", "ep"), [(2, 1), (4, 2), (4, 4)])
