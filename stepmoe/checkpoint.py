@@ -5,7 +5,6 @@ What is read is copied at once to where it stays: memory holds a piece of one te
 
 from __future__ import annotations
 
-import json
 import re
 from collections.abc import Iterator, Sequence
 from pathlib import Path
@@ -16,7 +15,7 @@ from torch import Tensor
 
 from stepmoe import fp8
 from stepmoe.errors import CheckpointError
-from stepmoe.hub import INDEX, SINGLE, files_of
+from stepmoe.hub import INDEX, SINGLE, files_of, read_weight_map
 from stepmoe.kernels.block_scale import BlockScaled
 from stepmoe.parallel import TensorLayout
 
@@ -73,12 +72,9 @@ class Checkpoint:
         )
 
     def _from_index(self, index: Path) -> dict[str, Path]:
-        try:
-            weight_map = json.loads(index.read_text())["weight_map"]
-            every = {name: self.path / file for name, file in weight_map.items()}
-            located = {name: every[name] for name in files_of(weight_map, self.layers)}
-        except (json.JSONDecodeError, KeyError, TypeError, AttributeError) as error:
-            raise CheckpointError(f"{index} has no usable weight_map: {error}") from error
+        weight_map = read_weight_map(index)
+        every = {name: self.path / file for name, file in weight_map.items()}
+        located = {name: every[name] for name in files_of(weight_map, self.layers)}
         for file in sorted(set(located.values())):
             present = set(self._open(file).keys())
             named = {name for name, where in every.items() if where == file}

@@ -25,25 +25,47 @@ def locate(path: str | Path, layers: Sequence[int] | None = None) -> Path:
         layers: only the files that hold these decoder layers are fetched; None means all.
 
     Raises:
-        CheckpointError: a file; or a hub name, and huggingface_hub is not installed, the network is
-            not there, or the hub has no such model.
+        CheckpointError: a file, or nothing; or a hub name, and huggingface_hub is not installed,
+            the network is not there, or the hub has no such model.
     """
     if Path(path).is_file():
         raise CheckpointError(
             f"{path} is a file: give the folder that holds config.json and the safetensors files"
         )
-    if Path(path).exists() or not _NAME.fullmatch(str(path)):
+    if Path(path).exists():
         return Path(path)
+    if not _NAME.fullmatch(str(path)):
+        raise CheckpointError(
+            f"{path} does not exist: give the folder of a downloaded checkpoint, or its name on "
+            "the Hugging Face Hub, such as stepfun-ai/Step-3.5-Flash"
+        )
     get = _downloader(str(path))
     folder = get("config.json").parent
     try:
-        weight_map = json.loads(get(INDEX).read_text(encoding="utf-8"))["weight_map"]
+        weight_map = read_weight_map(get(INDEX))
     except FileNotFoundError:
         get(SINGLE)
         return folder
     for file in sorted(set(files_of(weight_map, layers).values())):
         get(file)
     return folder
+
+
+def read_weight_map(index: Path) -> dict[str, str]:
+    """Tensor name to file, from the index of a checkpoint in several files.
+
+    Raises:
+        CheckpointError: the index is not what its name says.
+    """
+    try:
+        weight_map = json.loads(index.read_text(encoding="utf-8"))["weight_map"]
+        if not all(isinstance(file, str) for file in weight_map.values()):
+            raise TypeError("it must name a file for every tensor")
+    except (ValueError, LookupError, TypeError, AttributeError) as error:  # no UTF-8, no JSON, ...
+        raise CheckpointError(
+            f"{index} has no usable weight_map ({error}): download it again"
+        ) from error
+    return dict(weight_map)
 
 
 def files_of(weight_map: dict[str, str], layers: Sequence[int] | None) -> dict[str, str]:

@@ -151,9 +151,10 @@ def test_a_missing_shard_and_a_lying_index_are_named(folder):
     (folder / files[1]).unlink()
     with pytest.raises(sm.CheckpointError, match=f"{files[1]} is missing"):
         Checkpoint(folder)
-    index.write_text("[]")
-    with pytest.raises(sm.CheckpointError, match="no usable weight_map"):
-        Checkpoint(folder)
+    for wrong in (b"[]", b"\xff\xfe{", b'{"weight_map": {"a": 5}}', b'{"weight_map": ["a"]}'):
+        index.write_bytes(wrong)
+        with pytest.raises(sm.CheckpointError, match="no usable weight_map"):
+            Checkpoint(folder)
 
 
 def test_an_empty_folder(tmp_path):

@@ -115,5 +115,5 @@ def test_a_folder_is_a_folder(tmp_path, monkeypatch):
     (tmp_path / "a" / "b").mkdir(parents=True)
     monkeypatch.chdir(tmp_path)
     assert locate("a/b") == Path("a/b")
-    with pytest.raises(sm.ConfigError, match=r"no config.json at .*nowhere"):
+    with pytest.raises(sm.CheckpointError, match=r"nowhere does not exist: give the folder"):
         sm.Step3p5ForCausalLM.from_pretrained(tmp_path / "nowhere")
