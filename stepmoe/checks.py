@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from operator import index
 from typing import TYPE_CHECKING, Any, Literal, cast
 
@@ -11,7 +12,7 @@ from torch import Tensor
 from stepmoe.errors import ConfigError
 
 if TYPE_CHECKING:
-    from stepmoe.config import Step3p5Config
+    from stepmoe.config import RopeScaling, Step3p5Config
     from stepmoe.model.kv_cache import KVCache
     from stepmoe.parallel import ParallelConfig
 
@@ -61,6 +62,12 @@ def check_config(config: Step3p5Config) -> None:
     check_dtype(config.torch_dtype)
     for name in ("rms_norm_eps", "router_scaling_factor"):
         _expect_positive(name, getattr(config, name))
+    if not isinstance(config.norm_topk_prob, bool):
+        raise ConfigError(f"norm_topk_prob must be true or false, got {config.norm_topk_prob!r}")
+    if config.bos_token_id is not None:
+        whole_number("bos_token_id", config.bos_token_id, least=0)
+    for token in config.eos_token_ids:
+        whole_number("eos_token_id", token, least=0)
     for name in _PER_LAYER:
         if len(getattr(config, name)) != config.num_hidden_layers:
             raise ConfigError(
@@ -72,8 +79,12 @@ def check_config(config: Step3p5Config) -> None:
             raise ConfigError(
                 f"layer type {kind!r} is not known: use full_attention or sliding_attention"
             )
-    for theta in config.rope_theta:
-        _expect_positive("rope_theta", theta)
+    for name in ("rope_theta", "partial_rotary_factors", "swiglu_limits", "swiglu_limits_shared"):
+        for value in getattr(config, name):
+            if value is not None or not name.startswith("swiglu"):  # where None is no limit
+                _expect_positive(name, value)
+    if config.rope_scaling is not None:
+        _check_rope_scaling(config.rope_scaling)
     if len(set(config.moe_layers)) < len(config.moe_layers):
         raise ConfigError(f"moe_layers names a layer twice: {config.moe_layers}")
     for heads in (config.num_attention_heads, config.num_attention_heads_sliding):
@@ -100,8 +111,17 @@ def check_config(config: Step3p5Config) -> None:
         )
 
 
+def _check_rope_scaling(scaling: RopeScaling) -> None:
+    for name, value in vars(scaling).items():
+        _expect_positive(f"rope_scaling: {name}", value)
+    low, high = scaling.low_freq_factor, scaling.high_freq_factor
+    if low >= high:
+        raise ConfigError(f"rope_scaling: low_freq_factor {low} must be below the high one, {high}")
+
+
 def _expect_positive(name: str, value: Any) -> None:
-    if isinstance(value, bool) or not isinstance(value, (int, float)) or not value > 0:
+    is_number = isinstance(value, (int, float)) and not isinstance(value, bool)
+    if not is_number or not 0 < value < math.inf:
         raise ConfigError(f"{name} must be a number above 0, got {value!r}")
 
 
@@ -202,6 +222,6 @@ def check_input(config: Step3p5Config, input_ids: Tensor, cache: KVCache | None)
         if cache.batch_size not in (None, batch):
             raise ConfigError(
                 f"the cache holds {cache.batch_size} sequences, input_ids {batch}: "
-                "use one cache for one batch"
+                "use one cache for one batch, and a new_cache() for another batch size"
             )
         cache.batch_size = batch

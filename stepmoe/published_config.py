@@ -8,6 +8,7 @@ from __future__ import annotations
 from dataclasses import asdict
 from typing import TYPE_CHECKING, Any
 
+from stepmoe.checks import whole_number
 from stepmoe.config import RopeScaling
 from stepmoe.errors import ConfigError
 from stepmoe.kernels.block_scale import BLOCK
@@ -50,11 +51,9 @@ def parse(published: dict[str, Any]) -> dict[str, Any]:
             raise ConfigError(
                 f"config.json says {name} = {published[name]!r}; stepmoe implements {allowed[0]!r}"
             )
-    num_layers = _field(published, "num_hidden_layers")
-    if not isinstance(num_layers, int):
-        raise ConfigError(f"num_hidden_layers must be a whole number, got {num_layers!r}")
+    num_layers = whole_number("num_hidden_layers", _field(published, "num_hidden_layers"))
     layer_types = _per_layer(published, "layer_types", num_layers)
-    sliding = published.get("attention_other_setting") or {}
+    sliding = _object(published, "attention_other_setting")
     if sliding.get("attention_type", "sliding_attention") != "sliding_attention":
         raise ConfigError(
             f"attention_other_setting describes {sliding['attention_type']!r}; "
@@ -66,8 +65,8 @@ def parse(published: dict[str, Any]) -> dict[str, Any]:
                 f"attention_other_setting has {name} = {sliding[name]}, the full layers "
                 f"{published.get(name)}: stepmoe needs them equal"
             )
-    block = (published.get("quantization_config") or {}).get("weight_block_size", [BLOCK, BLOCK])
-    if list(block) != [BLOCK, BLOCK]:
+    block = _object(published, "quantization_config").get("weight_block_size", [BLOCK, BLOCK])
+    if block != [BLOCK, BLOCK]:
         raise ConfigError(
             f"quantization_config has weight_block_size = {block}; stepmoe reads FP8 weights in "
             f"blocks of {BLOCK} x {BLOCK}"
@@ -93,11 +92,11 @@ def parse(published: dict[str, Any]) -> dict[str, Any]:
         "num_experts_per_tok": _field(published, "moe_top_k"),
         "moe_intermediate_size": _field(published, "moe_intermediate_size"),
         "share_expert_dim": _field(published, "share_expert_dim"),
-        "router_scaling_factor": float(published.get("moe_router_scaling_factor", 1.0)),
-        "norm_topk_prob": bool(published.get("norm_expert_weight", True)),
+        "router_scaling_factor": published.get("moe_router_scaling_factor", 1.0),
+        "norm_topk_prob": published.get("norm_expert_weight", True),
         "swiglu_limits": _limits(published, "swiglu_limits", num_layers),
         "swiglu_limits_shared": _limits(published, "swiglu_limits_shared", num_layers),
-        "rms_norm_eps": float(published.get("rms_norm_eps", 1e-5)),
+        "rms_norm_eps": published.get("rms_norm_eps", 1e-5),
         "max_position_embeddings": _field(published, "max_position_embeddings"),
         "bos_token_id": published.get("bos_token_id"),
         "eos_token_ids": () if eos is None else tuple(eos) if isinstance(eos, list) else (eos,),
@@ -113,6 +112,14 @@ def _field(published: dict[str, Any], name: str) -> Any:
     return published[name]
 
 
+def _object(published: dict[str, Any], name: str) -> dict[str, Any]:
+    """A field with fields of its own; empty where it is absent."""
+    value = published.get(name) or {}
+    if not isinstance(value, dict):
+        raise ConfigError(f"{name} must be an object with fields of its own, got {value!r}")
+    return value
+
+
 def _per_layer(published: dict[str, Any], name: str, num_layers: int) -> tuple[Any, ...]:
     """One entry a layer; a single number means the same on every layer."""
     value = _field(published, name)
@@ -126,42 +133,40 @@ def _limits(published: dict[str, Any], name: str, num_layers: int) -> tuple[floa
     """The published lists write 0 or null where nothing is clamped."""
     if published.get(name) is None:
         return (None,) * num_layers
-    return tuple(
-        float(limit) if limit else None for limit in _per_layer(published, name, num_layers)
-    )
+    limits = _per_layer(published, name, num_layers)
+    return tuple(None if limit in (0, None) else limit for limit in limits)
 
 
 def _moe_layers(published: dict[str, Any], num_layers: int) -> tuple[int, ...]:
     enum = _field(published, "moe_layers_enum")
     try:
-        layers = [int(i) for i in (enum.split(",") if isinstance(enum, str) else enum) if i != ""]
-    except ValueError as error:
+        layers = [int(i) for i in enum.split(",") if i] if isinstance(enum, str) else list(enum)
+        if any(type(i) is not int for i in layers):
+            raise TypeError
+    except (ValueError, TypeError) as error:
         raise ConfigError(f"moe_layers_enum = {enum!r} is not a list of layer numbers") from error
     return tuple(i for i in layers if i < num_layers)
 
 
 def _rope_scaling(published: dict[str, Any]) -> dict[str, Any]:
-    scaling = published.get("rope_scaling")
-    layer_types = tuple(published.get("yarn_only_types") or ())
+    scaling = _object(published, "rope_scaling")
+    layer_types = published.get("yarn_only_types") or []
+    if not isinstance(layer_types, list):
+        raise ConfigError(f"yarn_only_types must be a list of layer types, got {layer_types!r}")
     if not scaling:
         return {"rope_scaling": None, "rope_scaling_layer_types": ()}
     if scaling.get("rope_type") != "llama3":
         raise ConfigError(
             f"rope_scaling has rope_type {scaling.get('rope_type')!r}; stepmoe implements 'llama3'"
         )
-    missing = [name for name in _ROPE_SCALING if not isinstance(scaling.get(name), (int, float))]
+    missing = [name for name in _ROPE_SCALING if scaling.get(name) is None]
     if missing:
-        raise ConfigError(f"rope_scaling lacks {', '.join(missing)} as numbers: got {scaling}")
+        raise ConfigError(f"rope_scaling lacks {', '.join(missing)}: got {scaling}")
     if not layer_types:  # without the list, the published code scales every layer
-        layer_types = ("full_attention", "sliding_attention")
+        layer_types = ["full_attention", "sliding_attention"]
     return {
-        "rope_scaling": RopeScaling(
-            factor=float(scaling["factor"]),
-            original_max_position_embeddings=int(scaling["original_max_position_embeddings"]),
-            low_freq_factor=float(scaling["low_freq_factor"]),
-            high_freq_factor=float(scaling["high_freq_factor"]),
-        ),
-        "rope_scaling_layer_types": layer_types,
+        "rope_scaling": RopeScaling(**{name: scaling[name] for name in _ROPE_SCALING}),
+        "rope_scaling_layer_types": tuple(layer_types),
     }
 
 

@@ -49,6 +49,33 @@ def test_entries_of_the_prediction_layers_are_ignored():
         ({"moe_top_k": 17}, "top-17 .* got 16"),
         ({"num_attention_heads": 9}, "9 query heads .* 4 key-value"),
         ({"partial_rotary_factors": [0.2] * 4}, "0.2 of head_dim 16"),
+        ({"partial_rotary_factors": "x"}, "partial_rotary_factors must be a number .* got 'x'"),
+        ({"rms_norm_eps": None}, "rms_norm_eps must be a number above 0, got None"),
+        ({"rms_norm_eps": "x"}, "rms_norm_eps must be .* got 'x'"),
+        ({"moe_router_scaling_factor": []}, r"router_scaling_factor must be .* got \[\]"),
+        ({"rope_theta": float("inf")}, "rope_theta must be .* got inf"),
+        ({"rope_scaling": "x"}, "rope_scaling must be an object .* got 'x'"),
+        ({"attention_other_setting": "x"}, "attention_other_setting must be an object"),
+        ({"quantization_config": "x"}, "quantization_config must be an object"),
+        ({"moe_layers_enum": 3}, "moe_layers_enum = 3 is not a list"),
+        ({"moe_layers_enum": [1, None]}, r"moe_layers_enum = \[1, None\] is not a list"),
+        ({"yarn_only_types": 3}, "yarn_only_types must be a list .* got 3"),
+        ({"swiglu_limits": ["x"] * 4}, "swiglu_limits must be a number .* got 'x'"),
+        ({"swiglu_limits": -1}, "swiglu_limits must be a number above 0, got -1"),
+        ({"swiglu_limits_shared": float("nan")}, "swiglu_limits_shared must be .* got nan"),
+        ({"eos_token_id": "x"}, "eos_token_id must be a whole number .* got 'x'"),
+        ({"eos_token_id": [1, 1.5]}, "eos_token_id must be .* got 1.5"),
+        ({"bos_token_id": "x"}, "bos_token_id must be .* got 'x'"),
+        ({"norm_expert_weight": "x"}, "norm_topk_prob must be true or false, got 'x'"),
+        *(
+            ({"rope_scaling": PUBLISHED["rope_scaling"] | {name: value}}, f"{name} .*{value!r}")
+            for name, value in [
+                ("factor", 0),
+                ("factor", "x"),
+                ("original_max_position_embeddings", -1),
+                ("low_freq_factor", 64),
+            ]
+        ),
     ],
 )
 def test_bad_fields_are_named(changes, message):
