@@ -15,7 +15,7 @@ from stepmoe.comm.fusion import Choice, fusion_of
 from stepmoe.comm.groups import RankGroup
 from stepmoe.comm.ledger import Entry, record
 from stepmoe.comm.placement import PARTIAL, REPLICATE, TOKEN_SHARD, Placed
-from stepmoe.errors import PlacementError
+from stepmoe.errors import ConfigError, PlacementError
 from stepmoe.kernels.norm import add_gemma_rms_norm
 
 
@@ -47,7 +47,7 @@ class Communicator:
         """
         self._expect_partial(partial, "all_reduce")
         done = partial.with_(partial.tensor, REPLICATE)
-        partial.spent = True
+        partial.fate.spent = True
         if self.group.size > 1:
             entry = self._entry("all_reduce", done, partial.tensor, site)
             with record(entry, partial.tensor.device, self.group):
@@ -57,11 +57,12 @@ class Communicator:
     def reduce_scatter(self, partial: Placed, tokens_per_rank: int, site: str) -> Placed:
         """Partial (T, D) to Shard (tokens_per_rank, D): each rank gets the sum of its own tokens.
 
-        T is padded with zeros to group size x tokens_per_rank, which must hold it. The partial
-        tensor is taken over.
+        T is padded with zeros to group size x tokens_per_rank; ConfigError if they are fewer. The
+        partial tensor is taken over.
         """
         self._expect_partial(partial, "reduce_scatter")
-        partial.spent = True
+        self._expect_room(partial, tokens_per_rank, "reduce_scatter")
+        partial.fate.spent = True
         padded = _pad(partial.take_over(), self.group.size * tokens_per_rank)
         if self.group.size == 1:
             return partial.with_(padded, TOKEN_SHARD)
@@ -104,7 +105,7 @@ class Communicator:
         residual.replicated("all_reduce_add_rms_norm")
         tensor, addend = partial.take_over(), residual.take_over()
         done = partial.with_(tensor, REPLICATE)
-        partial.spent = True
+        partial.fate.spent = True
         choice = self._simulated or self._choose(tensor, weight)
         entry = self._entry("all_reduce_add_rms_norm", done, tensor, site, choice)
         with record(entry, tensor.device, self.group):
@@ -120,6 +121,7 @@ class Communicator:
     def keep_own_tokens(self, whole: Placed, tokens_per_rank: int) -> Placed:
         """Replicate (T, D) to Shard (tokens_per_rank, D) without communication."""
         whole.replicated("keep_own_tokens")
+        self._expect_room(whole, tokens_per_rank, "keep_own_tokens")
         padded = _pad(whole.tensor, self.group.size * tokens_per_rank)
         start = self.group.index * tokens_per_rank
         return whole.with_(padded[start : start + tokens_per_rank], TOKEN_SHARD)
@@ -146,6 +148,14 @@ class Communicator:
                 f"multiply it by {self.group.size}. Leave the {op} out."
             )
         self._expect_own_group(placed, op)
+
+    def _expect_room(self, whole: Placed, tokens_per_rank: int, op: str) -> None:
+        needed = -(-whole.tensor.shape[0] // self.group.size)
+        if tokens_per_rank < needed:
+            raise ConfigError(
+                f"{whole}: {op} of {whole.tensor.shape[0]} tokens over {self.group.size} ranks "
+                f"with tokens_per_rank={tokens_per_rank}: give at least {needed}"
+            )
 
     def _entry(
         self, op: str, done: Placed, wire: Tensor, site: str, choice: Choice | None = None
@@ -181,6 +191,4 @@ def _simulation(group: RankGroup) -> Choice:
 def _pad(tensor: Tensor, num_tokens: int) -> Tensor:
     """(T, D) with rows of zeros appended up to num_tokens."""
     missing = num_tokens - tensor.shape[0]
-    if missing < 0:
-        raise ValueError(f"{tensor.shape[0]} tokens do not fit in {num_tokens}")
     return F.pad(tensor, (0, 0, 0, missing)) if missing else tensor.contiguous()

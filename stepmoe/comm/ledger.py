@@ -25,6 +25,13 @@ from stepmoe.comm.entry import Entry as Entry
 from stepmoe.comm.groups import RankGroup, meet
 
 
+class Counts(dict[str, int]):
+    """Numbers by name, and 0 for a name that is not there; equal to a plain dict."""
+
+    def __missing__(self, name: str) -> int:
+        return 0
+
+
 @dataclass
 class Ledger:
     """Collects what this rank does while it is open. Ledgers nest, and travel between processes.
@@ -76,8 +83,11 @@ class Ledger:
         return [step for step in self.steps if step.kind == "collective"]
 
     def counts(self) -> dict[str, int]:
-        """How many collectives of each kind (`Entry.op`), on this rank; none without peers."""
-        return dict(Counter(entry.op for entry in self.entries))
+        """How many collectives of each kind (`Entry.op`), on this rank; none without peers.
+
+        A dict of the kinds that ran; [another kind] is 0.
+        """
+        return Counts(Counter(entry.op for entry in self.entries))
 
     def bytes_sent(self) -> float:
         """Fewest bytes this rank must have sent, over all collectives."""

@@ -10,7 +10,7 @@ The check compares Python objects: it sends nothing and touches no tensor.
 
 from __future__ import annotations
 
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from enum import Enum
 
 from torch import Tensor
@@ -31,6 +31,19 @@ REPLICATE, TOKEN_SHARD, PARTIAL = Placement.REPLICATE, Placement.TOKEN_SHARD, Pl
 
 
 @dataclass(slots=True, eq=False)
+class Fate:
+    """What became of a value, for all that describe it: one sum must not be counted twice.
+
+    Attributes:
+        spent: a reduction has overwritten the tensor.
+        taken_over: so has another operation, or may have.
+    """
+
+    spent: bool = False
+    taken_over: bool = False
+
+
+@dataclass(slots=True, eq=False)
 class Placed:
     """A tensor of tokens x hidden and its placement over a group.
 
@@ -41,7 +54,7 @@ class Placed:
         num_tokens: T, the tokens of the whole tensor (without padding).
         name: what it is, for messages and the ledger ("attn_output").
         layer: decoder layer it belongs to; None outside the layers.
-        spent: a reduction has overwritten the tensor; this description of it no longer holds.
+        fate: shared by all `Placed` of the same tensor and placement made with `with_`.
     """
 
     held: Tensor | None
@@ -50,7 +63,7 @@ class Placed:
     num_tokens: int
     name: str
     layer: int | None = None
-    spent: bool = False
+    fate: Fate = field(default_factory=Fate)
 
     @property
     def tensor(self) -> Tensor:
@@ -71,12 +84,14 @@ class Placed:
         self, tensor: Tensor, placement: Placement | None = None, name: str | None = None
     ) -> Placed:
         """The same tokens of the same layer with another value, placement or name."""
+        placement = placement or self.placement
+        is_same = tensor is self.held and placement is self.placement
         return replace(
             self,
             held=tensor,
-            placement=placement or self.placement,
+            placement=placement,
             name=name or self.name,
-            spent=False,
+            fate=self.fate if is_same else Fate(),
         )
 
     def complete(self, operation: str) -> Placed:
@@ -91,12 +106,12 @@ class Placed:
 
     def unspent(self, operation: str) -> Placed:
         """Self, unless a reduction already overwrote it: another would count it twice."""
-        if self.spent:
+        if self.fate.spent:
             raise PlacementError(
                 f"{self}: {operation} of a partial sum that was already reduced over {self.group}. "
                 "Use what the reduction returned."
             )
-        if self.held is None:
+        if self.fate.taken_over:
             raise self._taken_over(operation)
         return self
 
@@ -107,6 +122,7 @@ class Placed:
         it has named. What is taken over is free as soon as that operation is done with it.
         """
         tensor, self.held = self.tensor, None
+        self.fate.taken_over = True
         return tensor
 
     def _taken_over(self, operation: str) -> PlacementError:
@@ -131,10 +147,22 @@ class Placed:
         if self.placement != other.placement or self.group != other.group:
             raise PlacementError(
                 f"{self} is {self.describe()} and {other} is {other.describe()}: their sum has no "
-                f"meaning. A complete value added to a partial sum would be counted "
-                f"{self.group.size} times by the reduction that follows; complete the sum first."
+                f"meaning. {self._why_not_added(other)}"
             )
         return self
+
+    def _why_not_added(self, other: Placed) -> str:
+        if self.group != other.group:
+            return "Complete each over its own group first."
+        if self.is_partial or other.is_partial:
+            return (
+                f"A complete value added to a partial sum would be counted {self.group.size} times "
+                "by the reduction that follows; complete the sum first."
+            )
+        return (
+            "One has every token and the other only this rank's own: all_gather that one, or "
+            "keep_own_tokens of the whole one."
+        )
 
     def __add__(self, other: Placed) -> Placed:
         """Sum of two tensors of one placement; partial + partial stays partial."""

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from stepmoe.errors import ConfigError
-from stepmoe.variants.base import DecoderLayer, Step
+from stepmoe.variants.base import DecoderLayer, Step, expect_boundary
 from stepmoe.variants.deferred import DeferredLayer
 from stepmoe.variants.fused import FusedLayer
 from stepmoe.variants.reduce_scatter import ReduceScatterLayer
@@ -39,5 +39,6 @@ __all__ = [
     "ReduceScatterLayer",
     "Step",
     "ThreeAllReducesLayer",
+    "expect_boundary",
     "layer_class",
 ]

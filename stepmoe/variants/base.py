@@ -15,6 +15,7 @@ from stepmoe.comm.communicator import Communicator
 from stepmoe.comm.ledger import Entry, record
 from stepmoe.comm.placement import Placed
 from stepmoe.config import Step3p5Config
+from stepmoe.errors import PlacementError
 from stepmoe.kernels.dispatch import takes_kernel
 from stepmoe.kernels.norm import add_gemma_rms_norm
 from stepmoe.model.attention import Attention
@@ -44,6 +45,16 @@ class Step:
     tokens_per_rank: int
     cache: KVCache | None = None
     capture: Capture | None = None
+
+
+def expect_boundary(layer: DecoderLayer, hidden_states: object, residual: object) -> None:
+    """Raise PlacementError unless a layer returned what the next one takes."""
+    for name, value in (("hidden_states", hidden_states), ("residual", residual)):
+        if not isinstance(value, Placed):
+            raise PlacementError(
+                f"layer {layer.index}, {name}: {type(layer).__name__}.forward returned "
+                f"{type(value).__name__}, not a Placed: return (hidden_states, residual)"
+            )
 
 
 class DecoderLayer(nn.Module):

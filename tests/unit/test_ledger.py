@@ -46,6 +46,8 @@ def test_ledgers_nest_and_travel():
     assert [entry.layer for entry in outer.entries] == [1, 2]
     assert [entry.layer for entry in inner.entries] == [2]
     assert outer.counts() == {"all_reduce": 2}
+    assert repr(outer.counts()) == "{'all_reduce': 2}"
+    assert outer.counts()["reduce_scatter"] == 0
     again = pickle.loads(pickle.dumps(outer))
     assert again.entries == outer.entries
     assert str(again) == str(outer)

@@ -89,6 +89,57 @@ def test_reducing_the_same_partial_sum_twice(x):
         pending + alone.partial(x, "more", 1)
 
 
+def test_a_second_name_of_a_reduced_sum_is_no_second_sum(x):
+    """`with_` made a description that knew nothing of the reduction: the sum was counted twice."""
+    alone = Communicator(RankGroup("tp", (0,)))
+    pending = alone.partial(x, "attn_output", layer=1)
+    alias = pending.with_(x, name="alias")
+    alone.all_reduce(pending, "o_proj")
+    for use in (lambda: alone.all_reduce(alias, "o_proj"), lambda: alone.partial(x, "y") + alias):
+        with pytest.raises(sm.PlacementError, match=r"alias: .* already reduced"):
+            use()
+    alone.all_reduce(pending.with_(x.clone()), "another value")
+    taken = alone.partial(x, "shared", layer=1)
+    alias = taken.with_(taken.tensor)
+    taken.take_over()
+    with pytest.raises(sm.PlacementError, match="an addition before has taken over"):
+        alone.all_reduce(alias, "mlp")
+
+
+def test_why_two_placements_do_not_add_up(x):
+    whole, own = TP.replicated(x, "residual", 1), TP.sharded(x, 24, "hidden_states", 1)
+    with pytest.raises(sm.PlacementError, match=r"every token .* all_gather that one"):
+        whole + own
+    with pytest.raises(sm.PlacementError, match="Complete each over its own group"):
+        TP.partial(x, "attn_output", 1) + MOE_TP.partial(x, "experts_output", 1)
+
+
+def test_too_few_rows_for_the_tokens_are_counted(x):
+    """It was "6 tokens do not fit in 4", without a name."""
+    wanted = "mlp_output: reduce_scatter of 6 tokens over 4 ranks .*=1: give at least 2"
+    with pytest.raises(sm.ConfigError, match=wanted):
+        TP.reduce_scatter(TP.partial(x, "mlp_output", 2), 1, "mlp")
+    with pytest.raises(sm.ConfigError, match="keep_own_tokens of 6 tokens"):
+        TP.keep_own_tokens(TP.replicated(x, "embed_tokens"), 1)
+
+
+class LosesTheResidualLayer(DeferredLayer):
+    """Its residual is forgotten; the next layer would have started a new one."""
+
+    def forward(self, hidden_states, residual, step):
+        return super().forward(hidden_states, residual, step)[0], None
+
+
+def test_a_layer_that_returns_no_residual():
+    model = sm.Step3p5ForCausalLM.from_config(
+        sm.Step3p5Config.tiny(), variant=LosesTheResidualLayer
+    )
+    with pytest.raises(
+        sm.PlacementError, match=r"layer 0, residual: LosesTheResidualLayer.forward"
+    ):
+        model(torch.zeros(1, 3, dtype=torch.int64))
+
+
 def test_using_again_what_an_addition_has_taken_over(x):
     taken = TP.replicated(x, "residual", layer=1)
     assert taken.take_over() is x
