@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Self
 
 import torch
 from torch import Tensor, nn
@@ -23,20 +24,21 @@ from stepmoe.comm.groups import build_groups, world_size
 from stepmoe.comm.ledger import note
 from stepmoe.comm.placement import Placed
 from stepmoe.config import Step3p5Config
+from stepmoe.errors import ConfigError
 from stepmoe.filling import Write, fill_weights
 from stepmoe.fp8 import DEQUANTISED, Quantization, remark_on_fp8
 from stepmoe.generation import DecodeGraph, generate
 from stepmoe.hub import locate
 from stepmoe.kernels.block_scale import BlockScaled
 from stepmoe.kernels.dispatch import WHY_REFERENCE, has_triton
-from stepmoe.launch.rank import rank_device
+from stepmoe.launch.rank import device_of
 from stepmoe.layers import layer_numbers
 from stepmoe.model.kv_cache import KVCache
 from stepmoe.model.quantise import hold_in_fp8
 from stepmoe.parallel import ParallelConfig, TensorLayout, tensor_layouts
 from stepmoe.random_weights import copy_into, draw_into
 from stepmoe.stack import DecoderStack
-from stepmoe.variants import DecoderLayer, Step, layer_class
+from stepmoe.variants import DecoderLayer, Step, expect_boundary, layer_class
 
 Variant = str | type[DecoderLayer]
 
@@ -46,6 +48,8 @@ class Step3p5ForCausalLM(nn.Module):
 
     Every rank of the group calls the model with the same input_ids and gets the same logits. With
     ParallelConfig(simulate_rank=...) one rank runs alone; its logits are not the model's.
+
+    Calls record no gradients; `stepmoe.mini.trainer.training_logits` does, on one rank.
     """
 
     def __init__(
@@ -70,7 +74,7 @@ class Step3p5ForCausalLM(nn.Module):
             if quantization is not None:
                 hold_in_fp8(self, tensor_layouts(config, parallel, self.comm.group.index))
         self.decode_graph: DecodeGraph | None = None
-        self.requires_grad_(False)
+        self.requires_grad_(False).eval()
 
     @classmethod
     def from_pretrained(
@@ -95,7 +99,7 @@ class Step3p5ForCausalLM(nn.Module):
             variant: one of sm.VARIANTS, or a DecoderLayer subclass.
             parallel: layout over the ranks; None means tp over all ranks of this job.
             dtype: of weights and activations; None means the checkpoint's own.
-            device: None means this rank's device.
+            device: "cpu", "cuda", "cuda:1" or a torch.device; None or "auto" means this rank's.
             layers: "3-6" or [3, 4, 5, 6]: a shallower model of these decoder layers, whose logits
                 are not the whole model's. None means all.
             quantization: "fp8" holds the weights of attention, MLPs and experts in FP8 blocks, half
@@ -103,7 +107,8 @@ class Step3p5ForCausalLM(nn.Module):
                 in FP8 is kept as it is, the rest quantised while reading. None holds all in dtype.
 
         Raises:
-            ConfigError: the layout does not fit the shape or the number of ranks.
+            ConfigError: the layout does not fit the shape or the number of ranks, or this machine
+                has no such device.
             CheckpointError: a tensor is missing, surplus, misshapen or truncated, or a name that
                 is found neither here nor on the hub.
         """
@@ -166,7 +171,7 @@ class Step3p5ForCausalLM(nn.Module):
     ) -> Step3p5ForCausalLM:
         check_config_type(config)
         dtype = check_dtype(config.torch_dtype if dtype is None else dtype)
-        device = torch.device(device) if device is not None else rank_device()
+        device = device_of(device)
         parallel = parallel or ParallelConfig(tp=world_size())
         model = cls(config, variant, parallel, dtype, quantization)
         layouts = tensor_layouts(config, model.parallel, model.comm.group.index)
@@ -221,6 +226,7 @@ class Step3p5ForCausalLM(nn.Module):
         residual: Placed | None = None
         for layer in self.model.decoder_layers:
             hidden_states, residual = layer(hidden_states, residual, step)
+            expect_boundary(layer, hidden_states, residual)
             if capture is not None and capture.wants(layer.index):
                 capture.record_layer(self.comm, layer.index, hidden_states, residual)
         if cache is not None:
@@ -240,12 +246,24 @@ class Step3p5ForCausalLM(nn.Module):
         """Greedy continuation, int64: (batch, length) to (batch, length + at most max_new_tokens).
 
         Ends early when every sequence has produced an end-of-sequence token; a sequence that ended
-        before the others is filled up with that token. On a GPU the steps after the prefill replay
+        before the others is filled up with its own. On a GPU the steps after the prefill replay
         one CUDA graph, which the model keeps, with its cache, for the next call with this batch
         size; where ranks that share a GPU cannot, an open ledger's notes say so.
+
+        Raises:
+            ConfigError: max_new_tokens below 1 (as in transformers), or more than positions allow.
         """
         check_generate(self.config, input_ids, max_new_tokens)
         return generate(self, input_ids.to(self.lm_head.weight.device), max_new_tokens)
+
+    def train(self, mode: bool = True) -> Self:
+        """ConfigError: calls record no gradients. `eval()` is how the model is."""
+        if mode:
+            raise ConfigError(
+                "calls of this model record no gradients: train on one rank with "
+                "stepmoe.mini.trainer, whose training_logits(model, input_ids) records them"
+            )
+        return super().train(mode)
 
     def _step(
         self, batch: int, length: int, cache: KVCache | None, capture: Capture | None

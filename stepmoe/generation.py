@@ -40,7 +40,7 @@ def generate(model: Step3p5ForCausalLM, input_ids: Tensor, max_new_tokens: int) 
         if end > length:
             new = graph.step(new) if graph else next_tokens(model, new, cache)
         if len(eos):
-            new = torch.where(ended, eos[0], new)
+            new = torch.where(ended, tokens[:, end - 1 : end], new)
             ended |= torch.isin(new, eos)
         tokens[:, end : end + 1] = new
         if len(eos) and bool(ended.all()):

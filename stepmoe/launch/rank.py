@@ -65,6 +65,28 @@ def init_distributed(device: str = "auto") -> torch.device:
     return rank_device()
 
 
+def device_of(device: str | torch.device | None) -> torch.device:
+    """The device that an argument asks for: None and "auto" ask for this rank's own.
+
+    Raises:
+        ConfigError: no device of torch, one that models do not run on, or not on this machine.
+    """
+    if device is None or device == "auto":
+        return rank_device()
+    try:
+        found = torch.device(device)
+    except (RuntimeError, TypeError):
+        found = torch.device("meta")
+    gpus = torch.cuda.device_count()
+    if found.type not in ("cpu", "cuda"):
+        raise ConfigError(f'device={device!r}: give "auto", "cpu", "cuda" or "cuda:" and a number')
+    if found.type == "cuda" and (found.index or 0) >= gpus:
+        raise ConfigError(
+            f'device={str(device)!r}: torch sees {gpus} GPU here; give "cpu" or "auto"'
+        )
+    return found
+
+
 def check_device(device: str) -> None:
     """Raise ConfigError unless `device` is known and this machine has it."""
     if device not in DEVICES:

@@ -37,6 +37,9 @@ class LayerCache:
 
         Args:
             like: gives dtype and device; shape: (B, G_local, head_dim) of the first call.
+
+        Raises:
+            ConfigError: `like` has another dtype than the first call's.
         """
         batch, num_kv_heads, head_dim = shape
         if self.keys is None or self.values is None:
@@ -45,6 +48,11 @@ class LayerCache:
                     batch, num_kv_heads, self._slots(max(total, self.capacity)), head_dim
                 )
                 for _ in range(2)
+            )
+        elif self.keys.dtype is not like.dtype:
+            raise ConfigError(
+                f"the cache holds {self.keys.dtype}, the model computes in {like.dtype}: use the "
+                "new_cache() of that model, made for its dtype"
             )
         elif (there := self.keys.shape[2]) < self._slots(total):
             # Twice as many, so that a sequence of n tokens is moved log n times. A window's slots
@@ -121,7 +129,8 @@ class KVCache:
         self.position += length
 
     def clear(self) -> None:
-        """Forget all tokens; the slots stay reserved."""
+        """Forget all tokens. The slots stay reserved, for as many sequences as before: a CUDA graph
+        knows where they are. Another batch size needs a new cache."""
         self.length = 0
         self.position.zero_()
 

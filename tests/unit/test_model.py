@@ -154,6 +154,17 @@ def test_generate_stops_at_the_end_of_sequence_and_fills_up():
     assert model.generate(IDS[:1, :20], max_new_tokens=8).shape[1] == 20 + first + 1
 
 
+def test_a_sequence_is_filled_up_with_the_token_it_ended_with():
+    """It was the first of the end tokens, whichever had ended the sequence."""
+    model = sm.Step3p5ForCausalLM.from_pretrained(TINY)
+    free = model.generate(IDS[:, :20], max_new_tokens=8)
+    eos = next(t for t in free[0, 22:].tolist() if t not in free[1, 20:])
+    unused = next(t for t in range(256) if t not in free)
+    model.config = model.config.replace(eos_token_ids=(unused, eos))
+    first = 20 + free[0, 20:].tolist().index(eos)
+    assert model.generate(IDS[:, :20], max_new_tokens=8)[0, first:].eq(eos).all()
+
+
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_grouped_experts_equal_the_loop_over_tokens(dtype):
     """grouped_mm (the fast dtypes) against the oracle, given equal routing."""
@@ -231,6 +242,35 @@ def test_a_cache_serves_one_batch_only():
     model(IDS, cache)
     with pytest.raises(sm.ConfigError, match="2 sequences, input_ids 1"):
         model(IDS[:1], cache)
+
+
+def test_a_cache_serves_one_dtype_and_after_clear_one_batch_size():
+    model = sm.Step3p5ForCausalLM.from_pretrained(TINY)
+    cache = model.new_cache()
+    model(IDS, cache)
+    low = sm.Step3p5ForCausalLM.from_pretrained(TINY, dtype=torch.bfloat16)
+    with pytest.raises(sm.ConfigError, match=r"holds torch.float32, .* in torch.bfloat16"):
+        low(IDS[:, :1], cache)
+    cache.clear()
+    with pytest.raises(sm.ConfigError, match=r"a new_cache\(\) for another batch size"):
+        model(IDS[:1], cache)
+
+
+def test_a_model_does_not_learn():
+    model = sm.Step3p5ForCausalLM.from_pretrained(TINY)
+    assert not model.eval().training
+    with pytest.raises(sm.ConfigError, match=r"mini\.trainer, whose training_logits"):
+        model.train()
+
+
+@pytest.mark.parametrize("device", ["gpu", "meta", "cuda", "cuda:0", torch.device("cuda", 99), 3.5])
+def test_a_device_that_is_not_there_is_named(device, monkeypatch):
+    """Torch said "Torch not compiled with CUDA enabled", an AssertionError."""
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 0)
+    with pytest.raises(sm.ConfigError, match="device="):
+        sm.Step3p5ForCausalLM.from_pretrained(TINY, device=device)
+    own = sm.Step3p5ForCausalLM.from_pretrained(TINY, device="auto").lm_head.weight.device
+    assert own == sm.Step3p5ForCausalLM.from_pretrained(TINY).lm_head.weight.device
 
 
 def test_one_seed_makes_one_model():
