@@ -66,16 +66,18 @@ class Failure:
 
 @dataclass
 class Answer:
-    """How a call ended in one rank: exactly one of these is set.
+    """How a call ended in one rank: exactly one of the first four is set.
 
     Attributes:
         value: the pickled result.
         failure: what the function raised.
         interrupted: where the rank was when it was told to stop.
         unsendable: why the result cannot be sent, naming its type.
+        left: the function destroyed this rank's process group, or made another.
     """
 
     value: bytes | None = None
     failure: Failure | None = None
     interrupted: str | None = None
     unsendable: str | None = None
+    left: bool = False

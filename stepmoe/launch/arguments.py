@@ -1,6 +1,8 @@
 """What goes into `Ranks` and `Ranks.run`, checked and packed, and what comes out."""
 
 import importlib.util
+import sys
+import threading
 from importlib.metadata import entry_points
 from numbers import Real
 from typing import Any
@@ -50,14 +52,19 @@ def check_call(fn: Any, timeout: Any) -> None:
         raise TypeError(f"fn={fn!r} is not callable: give the function, then its arguments")
     if timeout is None:
         return
-    if not isinstance(timeout, Real) or isinstance(timeout, bool) or not float(timeout) > 0:
-        raise ConfigError(f"timeout={timeout!r}: give seconds, more than 0, or None for no limit")
+    is_number = isinstance(timeout, Real) and not isinstance(timeout, bool)
+    if not is_number or not 0 < timeout <= threading.TIMEOUT_MAX:
+        raise ConfigError(
+            f"timeout={timeout!r:.40}: give seconds, more than 0 and at most "
+            f"{threading.TIMEOUT_MAX:.0f}, or None for no limit"
+        )
 
 
 def packed(fn: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> bytes:
     """For the ranks; TypeError names what cannot be pickled."""
     from stepmoe.launch.worker import dumps
 
+    _send_by_value(getattr(fn, "__module__", None))
     try:
         return dumps((fn, args, kwargs))
     except Exception as error:
@@ -70,6 +77,25 @@ def packed(fn: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> bytes:
                     f"{name} ({type(value).__name__}) cannot be sent to the ranks: {reason}"
                 ) from None
         raise TypeError(f"the arguments cannot be sent to the ranks: {error}") from None
+
+
+def _send_by_value(module: str | None) -> None:
+    """Let functions of a module travel whole if an import by its name would find another or none.
+
+    Such is a module loaded from a file outside sys.path (importlib's spec_from_file_location).
+    """
+    import cloudpickle
+
+    name = (module or "").partition(".")[0]
+    loaded = sys.modules.get(name)
+    if loaded is None or name in ("__main__", "stepmoe"):  # what travels whole anyway, or never
+        return
+    specs = (finder.find_spec(name, None) for finder in sys.meta_path)
+    found = next((spec for spec in specs if spec), None)
+    if found is None or found.origin != getattr(
+        getattr(loaded, "__spec__", None), "origin", found.origin
+    ):
+        cloudpickle.register_pickle_by_value(loaded)
 
 
 def unpacked(values: list[bytes]) -> list[Any]:

@@ -72,6 +72,11 @@ class Outcome:
         return bool(self.deaths) or any(a.value is None for a in self.answers.values())
 
     @property
+    def left(self) -> bool:
+        """Whether a function destroyed the process group of its rank."""
+        return any(answer.left for answer in self.answers.values())
+
+    @property
     def timed_out(self) -> bool:
         """Whether a rank exceeded the time limit; only then an interrupted one says where."""
         return self.limit_passed or any(answer.interrupted for answer in self.answers.values())

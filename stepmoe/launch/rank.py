@@ -44,12 +44,20 @@ def init_distributed(device: str = "auto") -> torch.device:
     Returns:
         The device of this rank.
     Raises:
-        ConfigError: an unknown device, or "cuda" on a machine without GPUs.
+        ConfigError: an unknown device, "cuda" on a machine without GPUs, or several ranks and no
+            MASTER_ADDR and MASTER_PORT to meet at.
     """
     if dist.is_initialized():
         return rank_device()
     check_device(device)
     rank, world = int(os.environ.get("RANK", "0")), int(os.environ.get("WORLD_SIZE", "1"))
+    missing = [name for name in ("MASTER_ADDR", "MASTER_PORT") if name not in os.environ]
+    if world > 1 and missing:
+        raise ConfigError(
+            f"WORLD_SIZE={world}, but {' and '.join(missing)} not set: start with torchrun, or set "
+            "where rank 0 listens. In a rank of Ranks leave the process group to Ranks, which "
+            "makes it before each call that needs one"
+        )
     local_rank = int(os.environ.get("LOCAL_RANK", "0"))
     ranks_here = int(os.environ.get("LOCAL_WORLD_SIZE", str(world)))
     gpus = torch.cuda.device_count() if device != "cpu" else 0
@@ -57,7 +65,7 @@ def init_distributed(device: str = "auto") -> torch.device:
     backend = backend_name(shares_gpus=ranks_here > gpus, on_gpu=gpus > 0)
     if ranks_here == world and "GLOO_SOCKET_IFNAME" not in os.environ:
         use_loopback()
-    if "RANK" in os.environ and "MASTER_ADDR" in os.environ:
+    if "RANK" in os.environ and not missing:
         dist.init_process_group(backend, rank=rank, world_size=world)
     else:
         alone = dist.HashStore()  # type: ignore[attr-defined]

@@ -94,8 +94,9 @@ class Ranks:
 
         What the ranks print is printed here afterwards, rank by rank. To keep something in a
         rank until the next call, put it into the dict `stepmoe.launch.rank.state`; a call that
-        fails empties it and makes the process groups anew. Arguments and results are copied: of a
-        tensor that is a view only what it shows, so that views of one memory share none there.
+        fails or destroys the process group empties it, and the next has new groups. Arguments and
+        results are copied: of a tensor that is a view only what it shows, so that views of one
+        memory share none there.
 
         Args:
             fn: a function, defined anywhere: imported, in a notebook's cell, a lambda, a closure.
@@ -125,6 +126,8 @@ class Ranks:
                 after = self._clean_up(call)
                 raise error_from(call.outcome, self._wanted.n, timeout, after) from None
             _print(call.output())
+            if call.outcome.left:
+                self._team.result().forget()
             return unpacked(call.outcome.take_values())
 
     def restart(self) -> None:

@@ -17,6 +17,8 @@ _NOT_THEIRS = (
     str(Path(__file__).parent),
 )
 
+_WORKER = str(Path(__file__).with_name("worker.py"))
+
 NOT_IN_ONE = "not in one"
 A_CELL = "a cell"
 
@@ -40,6 +42,8 @@ def describe(frame: FrameType | None) -> str:
     collective, user_frame = None, None
     while frame is not None:
         name = frame.f_code.co_filename
+        if name == _WORKER:  # further out is what called the function
+            break
         if name.endswith(_COLLECTIVES):
             collective = frame.f_code.co_name  # the outermost: what the user called
         elif user_frame is None and not name.startswith(_NOT_THEIRS):

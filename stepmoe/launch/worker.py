@@ -42,6 +42,11 @@ class _Rank:
 
 _me = _Rank()
 
+_NOT_FOUND = (
+    "The ranks look for modules where sys.path pointed when they were started: after a change of "
+    "it call ranks.restart()"
+)
+
 
 def hello() -> tuple[str, int, int]:
     """This engine's host, process id and number of GPUs."""
@@ -82,7 +87,7 @@ def execute(payload: bytes, epoch: int, timeout: float | None) -> Answer:
             _me.in_call = True
             _me.deadline.begin(timeout)
             _join(epoch)
-            function, args, kwargs = cloudpickle.loads(payload)
+            function, args, kwargs = _loads(payload)
             value = function(*args, **kwargs)
         finally:
             _me.in_call = False
@@ -91,11 +96,12 @@ def execute(payload: bytes, epoch: int, timeout: float | None) -> Answer:
         exceptions.clear(error)
     finally:
         where = _me.deadline.end()
+    if _me.interrupted:  # what was raised since is no cause, what was returned came too late
+        let_go()
+        return Answer(interrupted=where)
     if failure is None:
         return _pack(value)
     let_go()
-    if _me.interrupted:  # whatever was raised since is no cause
-        return Answer(interrupted=where or "")
     return Answer(failure=failure)
 
 
@@ -158,6 +164,12 @@ def _join(epoch: int) -> None:
     _me.epoch = epoch
 
 
+def _has_left() -> bool:
+    """Whether the function destroyed the group of its epoch, which cannot be joined again."""
+    assert _me.setup is not None
+    return not dist.is_initialized() or dist.get_world_size() != _me.setup.world
+
+
 def _store(setup: Setup, epoch: int) -> Any:
     if setup.one_host:
         return dist.FileStore(f"{setup.rendezvous}-{epoch}", setup.world)  # type: ignore[attr-defined]
@@ -175,8 +187,16 @@ def _on_interrupt(signum: int, frame: FrameType | None) -> None:
         raise KeyboardInterrupt
 
 
+def _loads(payload: bytes) -> Any:
+    try:
+        return cloudpickle.loads(payload)
+    except ModuleNotFoundError as error:
+        error.add_note(_NOT_FOUND)
+        raise
+
+
 def _pack(value: Any) -> Answer:
     try:
-        return Answer(value=dumps(value))
+        return Answer(value=dumps(value), left=_has_left())
     except Exception as error:
         return Answer(unsendable=f"{type(value).__qualname__} ({type(error).__name__}: {error})")

@@ -112,6 +112,26 @@ def test_state_lasts_until_a_call_fails(ranks4: Ranks) -> None:
     assert ranks4.run(look) == [None] * 4
 
 
+def test_who_destroys_the_group_finds_a_new_one_at_the_next_call(ranks4: Ranks) -> None:
+    """Later calls ran as four worlds of one, and every sum was silently a rank's own."""
+    for destroys in ([0, 1, 2, 3], [2]):
+
+        def as_at_the_end_of_a_script(ranks: list[int] = destroys) -> int:
+            size = dist.get_world_size()
+            if dist.get_rank() in ranks:
+                dist.destroy_process_group()
+            return size
+
+        assert ranks4.run(as_at_the_end_of_a_script) == [4] * 4
+
+        def total() -> float:
+            one = torch.ones(1)
+            dist.all_reduce(one)
+            return one.item()
+
+        assert ranks4.run(total) == [4.0] * 4
+
+
 def test_state_that_holds_groups_does_not_keep_peers_waiting(ranks4: Ranks) -> None:
     pids = ranks4.run(os.getpid)
 

@@ -6,12 +6,14 @@ are a third of them or less.
 """
 
 import contextlib
+import importlib
 import os
 import signal
 import sys
 import threading
 import time
 from collections.abc import Callable, Iterator
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -184,6 +186,37 @@ def test_a_function_that_ignores_interrupts(ranks4: Ranks) -> None:
     assert all(text.startswith("not in one") for text in caught.value.waiting.values())
 
 
+def test_a_function_that_swallows_the_interrupt_is_late_all_the_same(ranks4: Ranks) -> None:
+    def function() -> str:
+        try:
+            time.sleep(60)
+        except BaseException:
+            return "as if in time"
+        return "in time"
+
+    with pytest.raises(RankTimeout, match=r"did not end within 0\.3 s"):
+        ranks4.run(function, timeout=0.3)
+
+
+def test_of_a_builtin_no_line_is_named(ranks4: Ranks) -> None:
+    """It was "<module>, line 1 of <string>", the engine's own."""
+    with pytest.raises(RankTimeout) as caught:
+        ranks4.run(time.sleep, 60, timeout=0.3)
+    assert set(caught.value.waiting.values()) == {"not in one"}
+
+
+def test_a_module_that_the_ranks_do_not_find(
+    ranks4: Ranks, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / "made_later.py").write_text("def seven():\n    return 7\n")
+    monkeypatch.syspath_prepend(tmp_path)
+    seven = importlib.import_module("made_later").seven
+    with pytest.raises(RankError, match=r"'made_later'\n.*call ranks\.restart\(\)"):
+        ranks4.run(seven)
+    ranks4.restart()
+    assert ranks4.run(seven) == [7] * 4
+
+
 @pytest.mark.parametrize(
     ("end", "how"),
     [
@@ -238,7 +271,7 @@ def test_output_before_a_failure_is_shown(
     assert capsys.readouterr().out == "".join(f"[rank {r}] about to fail\n" for r in range(4))
 
 
-@pytest.mark.parametrize("timeout", [0, -1, float("nan"), "60", True])
+@pytest.mark.parametrize("timeout", [0, -1, float("nan"), "60", True, 10**400])
 def test_bad_time_limits(ranks4: Ranks, timeout: Any) -> None:
     with pytest.raises(ConfigError, match="timeout="):
         ranks4.run(lambda: None, timeout=timeout)

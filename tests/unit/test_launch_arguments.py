@@ -1,6 +1,9 @@
 """What goes to the ranks: refused before anything starts, and no more bytes than needed."""
 
+import importlib.util
 import pickle
+import sys
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -26,6 +29,35 @@ def test_options_that_go_nowhere_are_refused() -> None:
     with pytest.raises(sm.ConfigError, match="'n' is not known"):  # Ranks says that
         arguments.checked(2, "cpu", "local", {"n": 3})
     arguments.checked(2, "cpu", "local", dict.fromkeys(arguments.OPTIONS))
+
+
+def test_a_module_that_no_import_finds_travels_whole(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """And one whose name an import finds elsewhere: here, the standard library's `this`."""
+    for name in ("loaded_by_hand", "this"):
+        file = tmp_path / f"{name}.py"
+        file.write_text("def helper(x):\n    return x + 1\ndef use(x):\n    return 2 * helper(x)\n")
+        spec = importlib.util.spec_from_file_location(name, file)
+        assert spec is not None
+        assert spec.loader is not None
+        module = importlib.util.module_from_spec(spec)
+        monkeypatch.setitem(sys.modules, name, module)
+        spec.loader.exec_module(module)
+        payload = arguments.packed(module.use, (), {})
+        monkeypatch.delitem(sys.modules, name)
+        use, _, _ = pickle.loads(payload)
+        assert use(3) == 8
+
+
+def test_several_ranks_without_a_place_to_meet(monkeypatch: pytest.MonkeyPatch) -> None:
+    """It made a world of one, silently."""
+    for name in ("MASTER_ADDR", "MASTER_PORT"):
+        monkeypatch.delenv(name, raising=False)
+    monkeypatch.setenv("RANK", "1")
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    with pytest.raises(sm.ConfigError, match="WORLD_SIZE=2, but MASTER_ADDR and MASTER_PORT not"):
+        sm.init_distributed("cpu")
 
 
 def test_ipyparallel_knows_the_options() -> None:
