@@ -11,7 +11,6 @@ import torch
 import stepmoe as sm
 from stepmoe.comm.communicator import Communicator
 from stepmoe.comm.groups import RankGroup
-from stepmoe.model.norm import GemmaRMSNorm
 from stepmoe.variants.deferred import DeferredLayer
 from stepmoe.variants.fused import FusedLayer
 
@@ -214,13 +213,15 @@ def test_a_dense_layer_reduced_twice():
 
 
 def test_the_check_takes_no_measurable_time(x):
-    """One layer makes about 15 of these steps; 10 microseconds each would be 0.15 ms."""
-    norm = GemmaRMSNorm(8, 1e-5)
-    rounds = 2000
-    start = time.perf_counter()
-    for _ in range(rounds):
-        placed = TP.partial(x, "attn_output", 1).with_(x, name="other").unspent("a step")
-        TP._expect_partial(placed, "all_reduce")
-    per_step = (time.perf_counter() - start) / rounds / 3
-    assert per_step < 1e-5, f"{per_step * 1e6:.1f} us a step"
-    assert norm(x).shape == x.shape
+    """One layer makes about 15 of these steps; 10 microseconds each would be 0.15 ms.
+
+    Processor time, and the best of several rounds: what other processes do is not measured.
+    """
+    steps, taken = 1200, []
+    for _ in range(5):
+        start = time.process_time()
+        for _ in range(steps // 3):
+            placed = TP.partial(x, "attn_output", 1).with_(x, name="other").unspent("a step")
+            TP._expect_partial(placed, "all_reduce")
+        taken.append((time.process_time() - start) / steps)
+    assert min(taken) < 1e-5, f"{min(taken) * 1e6:.1f} us a step"
