@@ -245,7 +245,15 @@ def test_sys_exit_is_an_error(ranks4: Ranks) -> None:
         ranks4.run(only(3, lambda: sys.exit(5)))
 
 
-def test_interrupting_the_notebook(ranks4: Ranks) -> None:
+@pytest.fixture
+def heeds_interrupts() -> Iterator[None]:
+    """As a kernel does; tests that a shell started in its background do not."""
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)
+    yield
+    signal.signal(signal.SIGINT, before)
+
+
+def test_interrupting_the_notebook(ranks4: Ranks, heeds_interrupts: None) -> None:
     pids = ranks4.run(os.getpid)
     threading.Timer(0.5, signal.pthread_kill, (threading.get_ident(), signal.SIGINT)).start()
     with Stopwatch() as watch, pytest.raises(KeyboardInterrupt):
