@@ -103,7 +103,7 @@ def test_a_batch_that_changes_its_sequences_is_seen(ranks4):
             ),
             "simulate_rank=1",
         ),
-        (lambda ids: batch_invariance(CONFIG, ids, [0]), r"batch_sizes=\[0\]"),
+        (lambda ids: batch_invariance(CONFIG, ids, [0]), "a batch size must be .* got 0"),
         (lambda ids: batch_invariance(CONFIG, ids, [1], order="random"), "'random'"),
         (
             lambda ids: batch_invariance(CONFIG, ids, [1], parallel=sm.ParallelConfig(2)),

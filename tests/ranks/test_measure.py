@@ -195,12 +195,12 @@ def test_bench(tmp_path: Path, launcher):
     ("arguments", "named"),
     [
         (["--tp", "3"], "tp=3"),
-        (["--tokens", "0"], "tokens: 0"),
+        (["--tokens", "0"], "a token count must be a whole number of at least 1, got 0"),
         (["--variants", "four"], "'four'"),
         (["--shape", "huge"], "--shape huge"),
         (["--shape", "flash", "--tp", "8", "--dtype", "float64"], "GiB"),
         (["--json", "/no/such/folder/b.json"], "/no/such/folder"),
-        (["--repeats", "2"], "repeats=2"),
+        (["--repeats", "2"], "repeats must be a whole number of at least 6, got 2"),
         (["--timeout", "0"], "--timeout 0"),
     ],
 )
