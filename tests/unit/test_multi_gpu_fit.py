@@ -59,7 +59,9 @@ def test_the_truth_lies_in_the_intervals():
 def test_terms_of_the_collectives():
     content = synthetic_collectives(noise=0)
     terms = {term.name: term for term in collective_terms(content, fit_link(content))}
-    assert terms["bandwidth"].ratio == pytest.approx(310 / 558, rel=1e-6)
+    assert terms["bandwidth"].ratio == pytest.approx(
+        TRUTH.bandwidth / LINKS["nccl_sm90"].bandwidth, rel=1e-6
+    )
     assert terms["latency of a step"].measured == pytest.approx(1.3, rel=1e-6)
     assert len(terms) == 2 + 2 * len(TOKENS)
     largest = terms["all_reduce, 128 MiB"]
