@@ -108,7 +108,7 @@ def quantise_rows(
     padded = x.new_zeros(-(-len(x) // 4) * 4, blocks * BLOCK, dtype=wide)
     padded[: len(x), offset : offset + x.shape[1]] = x
     by_block = padded.view(len(padded), blocks, BLOCK)
-    scale = (by_block.abs().amax(-1).float() / LARGEST).clamp(min=TINIEST_SCALE)
+    scale = _scale(by_block.abs().amax(-1).float())
     numbers = (by_block / scale[..., None]).to(FP8)
     return ScaledRows(numbers.view(padded.shape), scale.t().contiguous().t())
 
@@ -122,7 +122,14 @@ def quantise_blocks(weight: Tensor) -> tuple[Tensor, Tensor]:
     padded = weight.new_zeros(*weight.shape[:-2], rows, columns, dtype=torch.float32)
     padded[..., : weight.shape[-2], : weight.shape[-1]] = weight
     by_block = padded.unflatten(-1, (-1, BLOCK)).unflatten(-3, (-1, BLOCK))
-    scale = (by_block.abs().amax((-3, -1)) / LARGEST).clamp(min=TINIEST_SCALE)
+    scale = _scale(by_block.abs().amax((-3, -1)))
     numbers = (by_block / scale[..., None, :, None]).to(FP8)
     whole = numbers.flatten(-4, -3).flatten(-2)
     return whole[..., : weight.shape[-2], : weight.shape[-1]], scale
+
+
+def _scale(largest: Tensor) -> Tensor:
+    """The scales with which the largest numbers of the blocks, float32, become 448."""
+    # By a tensor, because CUDA divides by a number as it multiplies by the number's inverse, which
+    # is rounded: every other scale would be another than on a CPU, by its last bit.
+    return (largest / torch.full_like(largest, LARGEST)).clamp(min=TINIEST_SCALE)

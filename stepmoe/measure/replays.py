@@ -75,7 +75,9 @@ def replays_of(trace: dict[str, Any]) -> list[Replay]:
     """The replays in one rank's exported trace: kernels that one cudaGraphLaunch started."""
     complete = [event for event in trace["traceEvents"] if event["ph"] == "X"]
     launches = [
-        event["args"]["correlation"] for event in complete if event["name"] == "cudaGraphLaunch"
+        event["args"]["correlation"]
+        for event in complete
+        if event["name"].startswith("cudaGraphLaunch")  # CUPTI's own name ends in _v10000
     ]
     kernels: dict[int, list[dict[str, Any]]] = defaultdict(list)
     for event in sorted(complete, key=lambda event: event["ts"]):

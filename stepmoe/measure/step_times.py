@@ -24,7 +24,8 @@ class StepTimes:
         seconds: of every step, in order.
         counts, sent: collectives of one step, by kind, and {(op, bytes): how many}.
         stand_in: seconds of one step that the stand-ins for a simulated rank's collectives took: a
-            real rank has the collectives' time instead. 0 on a real rank.
+            real rank has the collectives' time instead. 0 on a real rank. NaN where a CUDA graph
+            replays them: nothing times them there, and their copies count as compute.
         is_graph: decode steps that were replayed from a CUDA graph.
         splits: where the time of some such steps went, timed apart.
         remark: why there are none.
@@ -48,11 +49,12 @@ class StepTimes:
         self.counts, self.bytes_sent = ledger.counts(), ledger.bytes_sent()
         self.sent = dict(Counter((entry.op, entry.bytes) for entry in ledger.entries))
         # What the fused operation adds and normalises, a real rank does too.
-        self.stand_in = sum(
+        times = [
             entry.seconds
             for entry in ledger.entries
             if entry.implementation == "simulated" and entry.op != "all_reduce_add_rms_norm"
-        )
+        ]
+        self.stand_in = float("nan") if times and self.is_graph else sum(times)
 
 
 def mean_parts(ranks: Sequence[StepTimes]) -> dict[str, float]:

@@ -62,7 +62,8 @@ def compare_throughput(
         counts, collectives, bytes_sent: of one step and rank, as in sm.Ledger; sent: the same as a
             list of {"op", "bytes", "count"}.
         memory, weights: peak and weights of the rank that holds most, in bytes.
-        stand_in: seconds of a step that the stand-ins for a simulated rank's collectives take.
+        stand_in: seconds of a step that the stand-ins for a simulated rank's collectives take. NaN
+            where a CUDA graph replays them: their copies are then in `median` and in `compute`.
         is_graph: whether decode steps were replayed from a CUDA graph.
     `attrs` holds hardware, "chip" (a GPU's measured rates), versions, dtype, seed, date, parallel,
     config, workload, every step's time ("samples"), the ledgers' remarks ("notes"), and "routing":

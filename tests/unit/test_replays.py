@@ -21,8 +21,8 @@ def rank_trace(lateness, transfer, compute):
     lateness: seconds that this rank's products take longer than the slowest rank's take less.
     """
     events, now = [], 7.0
-    for launch in (11, 12):
-        events.append({"ph": "X", "cat": "cuda_runtime", "name": "cudaGraphLaunch", "ts": 0,
+    for launch, name in ((11, "cudaGraphLaunch"), (12, "cudaGraphLaunch_v10000")):
+        events.append({"ph": "X", "cat": "cuda_runtime", "name": name, "ts": 0,
                        "dur": 1, "args": {"correlation": launch}})  # fmt: skip
         # A meeting before the replay, which a host launched, is none of the replay's.
         events.append(kernel(NAMES[0], now, 0.5, launch + 100))

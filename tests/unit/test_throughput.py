@@ -1,6 +1,7 @@
 """Throughput of a workload: how prompts are cut into steps, and what a simulated rank reports."""
 
 import json
+import math
 
 import pytest
 import torch
@@ -8,6 +9,7 @@ import torch
 import stepmoe as sm
 from stepmoe.__main__ import main
 from stepmoe.measure import Workload, compare_throughput, decoding, load, save
+from stepmoe.measure.step_times import StepTimes
 from stepmoe.measure.workload import Batch
 
 TINY = sm.Step3p5Config.tiny()
@@ -79,6 +81,9 @@ def test_what_it_sends_is_what_a_ledger_sees(frame):
         assert row["bytes_sent"] == ledger.bytes_sent()
         assert sum(part["count"] for part in row["sent"]) == len(ledger.entries)
         assert 0 < row["stand_in"] < max(row["p90"], 1)  # nothing was sent, copies were made
+        replayed = StepTimes("decode", 1, 1, 0, is_graph=True)
+        replayed.note(ledger)
+        assert math.isnan(replayed.stand_in)  # nothing times them inside a graph
         sizes = sum(part["bytes"] * part["count"] for part in row["sent"])
         assert sizes == sum(entry.bytes for entry in ledger.entries)
 

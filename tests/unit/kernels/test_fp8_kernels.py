@@ -5,6 +5,7 @@ numbers down, and of a number rounded up to a power of two it loses the carry an
 is excused there and only there.
 """
 
+import dataclasses
 import os
 from unittest import mock
 
@@ -34,14 +35,14 @@ def test_activations(device, data):
     wide = (torch.randn(rows, columns + 8) * torch.rand(rows, 1) * 100).to(device, dtype)
     x = wide[:, :columns]  # rows that are not contiguous
     x[0] = 0
-    expected = block_scale.quantise_rows(x, offset, blocks)
+    expected = block_scale.quantise_rows(x.cpu(), offset, blocks)  # on a GPU it is the kernel
     filled = data.draw(st.integers(1, rows))
     count = torch.tensor([filled], dtype=torch.int32, device=device)
     found = block_scale_gpu.quantise_rows(x, offset, blocks, count)
     assert found.numbers.shape == expected.numbers.shape
     assert found.scale.stride()[0] == 1
-    assert torch.equal(found.scale[:filled], expected.scale[:filled])
-    wanted, got = (q.numbers[:filled].float() for q in (expected, found))
+    assert torch.equal(found.scale[:filled].cpu(), expected.scale[:filled])
+    wanted, got = (q.numbers[:filled].float().cpu() for q in (expected, found))
     if INTERPRETED:
         lost_carry = (wanted.abs().frexp().mantissa == 0.5) & (got == wanted / 2)
         step = torch.maximum(wanted.abs() * 2**-3, torch.tensor(2**-9))  # of e4m3
@@ -51,6 +52,12 @@ def test_activations(device, data):
         assert torch.equal(got, wanted)
     if filled == rows:  # the rows that fill up to a multiple of 4 hold zeros, not just anything
         assert found.numbers[rows:].float().eq(0).all()
+
+
+def on_cpu(kept):
+    """A dataclass of tensors with its tensors on the CPU, where nothing takes the kernels."""
+    tensors = {k: v.cpu() for k, v in vars(kept).items() if isinstance(v, torch.Tensor)}
+    return dataclasses.replace(kept, **tensors)
 
 
 def stack(num_local, rows, columns, grain, offset, device):
@@ -87,16 +94,18 @@ def test_experts(device, data):
     start, count = data.draw(st.integers(0, ids.numel())), data.draw(st.integers(1, ids.numel()))
     filled = max(0, min(count, int(order.ends[-1]) - start))
 
-    expected = fp8_grouped.gate_up_swiglu(x, quantised, up, order, start, count, limit)
+    expected = fp8_grouped.gate_up_swiglu(
+        x.cpu(), on_cpu(quantised), on_cpu(up), on_cpu(order), start, count, limit
+    )
     with mock.patch.object(fp8_grouped_gpu, "FEW_ROWS", few):
         found = fp8_grouped_gpu.gate_up_swiglu(x, quantised, up, order, start, count, limit)
     # float32 sums in another order; on a GPU the tensor cores keep about 14 bits of each product
     # of 128 columns (a wrong scale is off by whole factors).
     close = {"atol": 1e-5 if INTERPRETED else 2e-3, "rtol": 1e-5}
-    torch.testing.assert_close(found[:filled], expected[:filled], **close)
+    torch.testing.assert_close(found[:filled].cpu(), expected[:filled], **close)
     found[filled:] = torch.nan  # what nobody computed must not be read
     quantised = block_scale.quantise_rows(found, offset, down.num_blocks)
-    expected = fp8_grouped.grouped_linear(found[:filled], down, order, start)
+    expected = fp8_grouped.grouped_linear(found[:filled].cpu(), on_cpu(down), on_cpu(order), start)
     with mock.patch.object(fp8_grouped_gpu, "FEW_ROWS", few):
         found = fp8_grouped_gpu.grouped_linear(found, quantised, down, order, start)
-    torch.testing.assert_close(found[:filled], expected[: len(found[:filled])], **close)
+    torch.testing.assert_close(found[:filled].cpu(), expected[: len(found[:filled])], **close)
