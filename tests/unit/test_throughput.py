@@ -116,7 +116,7 @@ def test_it_is_kept_in_a_file(frame, tmp_path):
         ("--input-len 8 --simulate-rank 4", "simulate_rank must be"),
         ("--input-len 8 --layers 3-1", "runs backwards"),
         ("--input-len 8 --layers 5", "layer 5 does not exist"),
-        ("--weights nowhere --input-len 8", "no config.json at nowhere"),
+        ("--weights nowhere --input-len 8", "nowhere does not exist"),
         ("--input-len 8 --variant deferred deferred", "none twice"),
         ("--input-len 8 --shape nowhere", "--shape nowhere: give tiny, flash, or a folder"),
     ],
