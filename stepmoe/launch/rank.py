@@ -14,8 +14,8 @@ import torch.distributed as dist
 
 from stepmoe.errors import ConfigError
 
-# For a thread of gloo to get the interpreter's lock and free its tensor (s). Of processes made to race
-# 10 of 200 aborted without destruction, 1 of 200 without this, none of 180 with both.
+# For a thread of gloo to get the interpreter's lock and free its tensor (s). Of processes made to
+# race, 10 of 200 aborted without destruction, 1 of 200 without this, none of 180 with both.
 _FREE = 0.05
 
 DEVICES = ("auto", "cpu", "cuda")
