@@ -67,26 +67,28 @@ class Bar:
 
     def __init__(self) -> None:
         self._handle: Any = None
-        self._width = 0
+        self._text = ""
 
     def show(self, report: Report) -> None:
-        """Draw, or redraw."""
+        """Draw, or redraw what has changed: a report stays the latest until the next one."""
         from tqdm import tqdm
 
         done, total, desc, seconds = report
         text = tqdm.format_meter(done, total, seconds, prefix=desc, ncols=80)
+        if text == self._text:
+            return
+        self._text = text
         if _in_kernel():
             self._display({"text/plain": text})
         else:
-            self._width = len(text)
             print(f"\r{text}", end="", file=sys.stderr, flush=True)
 
     def close(self) -> None:
         """Remove it."""
         if self._handle is not None:
             self._handle.update({}, raw=True)
-        elif self._width:
-            print("\r" + " " * self._width + "\r", end="", file=sys.stderr, flush=True)
+        elif self._text:
+            print("\r" + " " * len(self._text) + "\r", end="", file=sys.stderr, flush=True)
 
     def _display(self, data: dict[str, str]) -> None:
         from IPython.display import display

@@ -1,5 +1,6 @@
 """What a call brings into the ranks and back, and what stays there."""
 
+import itertools
 import os
 import statistics
 import sys
@@ -220,4 +221,6 @@ def test_progress_reaches_the_caller_and_leaves(
     drawn = capsys.readouterr().err
     assert "layers" in drawn
     assert "/30" in drawn
+    texts = drawn.split("\r")
+    assert all(one != two for one, two in itertools.pairwise(texts)), "nothing is drawn twice"
     assert drawn.endswith("\r"), "the bar is wiped"
