@@ -1,7 +1,8 @@
 """grouped.py with the experts' weights in FP8: on Hopper a Triton kernel, else the reference.
 
 What exists does not fit. torch's scaled_grouped_mm knows on Hopper one scale a row, not 128 x 128
-blocks (and took twice bf16's time in a trial on an H100). FlashInfer 0.6.13's grouped products of
+blocks (in a trial on an H100 it took 2.1 to 2.4 times as long as bf16's grouped_mm:
+notebooks/results/h100_tuning.md). FlashInfer 0.6.13's grouped products of
 such blocks are for Blackwell; its cutlass_fused_moe has them for Hopper, but as one operation with
 routing weights and sum, another clamp of SwiGLU, and to be compiled first. A loop of scaled_mm over
 the experts has to wait for their counts of rows on the host.

@@ -75,8 +75,9 @@ class Fp8Linear(Fp8Weights):
     """
 
     def __init__(self, parts: Mapping[str, Slices], plain: Mapping[str, int]) -> None:
-        super().__init__(parts, multiple=16)
+        super().__init__(parts, multiple=16)  # of N, as kernels/fp8_linear.py says
         self.plain_rows = dict(plain)
+        # Up to a multiple of 8, as MergedLinear does and for the same reason.
         height = -(-sum(plain.values()) // 8) * 8
         self.plain = nn.Parameter(torch.empty(height, self.columns)) if plain else None
 
