@@ -9,6 +9,7 @@ from stepmoe.comm.layer_cost import MEMORY_BANDWIDTH
 from stepmoe.config import Step3p5Config
 from stepmoe.errors import ConfigError
 from stepmoe.predict import AFTER, BEFORE, RANKS, TOKENS, Assumptions
+from stepmoe.published import latencies
 
 
 @dataclass(frozen=True)
@@ -33,8 +34,8 @@ def attribute(config: Step3p5Config, assumptions: Assumptions | None = None) -> 
             "fewer all-reduces",
             removed * one,
             "modelled",
-            f"{removed} of {nbytes / 2**20:.0f} MiB, {one * 1e3:.3f} ms each by the fitted model "
-            "(published for NCCL: 0.561)",
+            f"{removed} of {nbytes / 2**20:.0f} MiB, {one * 1e3:.3f} ms each by the fitted model"
+            + _as_published(nbytes),
         ),
         Share(
             "fused add + norm",
@@ -54,6 +55,13 @@ def attribute(config: Step3p5Config, assumptions: Assumptions | None = None) -> 
     total = TOKENS / BEFORE - TOKENS / AFTER
     left = total - sum(part.seconds for part in parts)
     return [*parts, Share("not explained", left, "unknown", "see the candidates in the text")]
+
+
+def _as_published(nbytes: int) -> str:
+    """NCCL's published milliseconds for as many bytes among as many ranks, where there are any."""
+    rows = latencies(implementation="NCCL", ranks=RANKS)
+    times = [f"{row.seconds * 1e3:.3f}" for row in rows if row.nbytes == nbytes]
+    return f" (published for NCCL: {', '.join(times)})" if times else ""
 
 
 def explaining_bandwidth(

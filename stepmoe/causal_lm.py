@@ -149,6 +149,11 @@ class Step3p5ForCausalLM(nn.Module):
                 draws every whole tensor in float32 on the CPU, where a stacked expert tensor of
                 Step3p5Config.flash() takes 6 GB. A simulated rank always draws on its device.
             quantization: as in from_pretrained; "fp8" quantises what is drawn.
+
+        Raises:
+            ConfigError: what is given is no Step3p5Config, no known variant, dtype or quantization,
+                the layout does not fit the shape or the number of ranks, or this machine has no
+                such device.
         """
 
         def write(view: Tensor | BlockScaled, name: str, layout: TensorLayout) -> None:

@@ -55,7 +55,7 @@ def flat_time(
 
     A chunk passes on as soon as it arrives, so the latencies of its hops add up, of which one in m
     leaves the node; the bytes flow as fast as the narrowest place lets them. (So does NCCL add up
-    its rings, src/graph/tuning.cc, with one hop between nodes fewer a half.)
+    its rings, src/graph/tuning.cc, with one inter-node hop fewer in each half.)
 
     Args:
         ranks: of all nodes; ranks_per_node (m) divides it.

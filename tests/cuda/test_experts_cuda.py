@@ -9,6 +9,7 @@ import torch.nn.functional as F
 
 import stepmoe as sm
 from stepmoe.kernels import dispatch, norm, routing
+from stepmoe.measure.distance import relative_error
 from stepmoe.model.experts import RoutedExperts, passes
 
 pytestmark = pytest.mark.cuda
@@ -38,10 +39,6 @@ def expected(experts, x, ids, weights):
         rows = F.linear(F.silu(gate) * up, experts.down_proj.weight[expert].float())
         total.index_add_(0, tokens, rows * weights[tokens, places, None])
     return total
-
-
-def relative_error(found, wanted):
-    return ((found.float() - wanted).norm() / wanted.norm()).item()
 
 
 @pytest.mark.parametrize("tokens", [1, 3, 64, 511, 2000, 16384])

@@ -13,6 +13,7 @@ import torch.distributed as dist
 import stepmoe as sm
 from stepmoe.comm.fusion import force
 from stepmoe.generation import next_tokens
+from stepmoe.measure.distance import relative_error
 from stepmoe.parallel import tensor_layouts
 from stepmoe.random_weights import random_tensor
 
@@ -44,10 +45,6 @@ def exact():
 
 def tp_of(ranks):
     return len(ranks.run(dist.get_rank))
-
-
-def relative_error(found, wanted):
-    return ((found.double() - wanted).norm() / wanted.norm()).item()
 
 
 def one_pass(variant, parallel, dtype, implementation=None):
