@@ -55,38 +55,10 @@ def whole_number(name: str, value: Any, least: int = 1, most: int | None = None)
 
 def check_config(config: Step3p5Config) -> None:
     """Raise ConfigError, naming field and value, for a shape that no model can have."""
-    for name in _POSITIVE:
-        value = getattr(config, name)
-        if not isinstance(value, int) or isinstance(value, bool) or value < 1:
-            raise ConfigError(f"{name} must be a positive whole number, got {value!r}")
-    check_dtype(config.torch_dtype)
-    for name in ("rms_norm_eps", "router_scaling_factor"):
-        _expect_positive(name, getattr(config, name))
-    if not isinstance(config.norm_topk_prob, bool):
-        raise ConfigError(f"norm_topk_prob must be true or false, got {config.norm_topk_prob!r}")
-    if config.bos_token_id is not None:
-        whole_number("bos_token_id", config.bos_token_id, least=0)
-    for token in config.eos_token_ids:
-        whole_number("eos_token_id", token, least=0)
-    for name in _PER_LAYER:
-        if len(getattr(config, name)) != config.num_hidden_layers:
-            raise ConfigError(
-                f"{name} has {len(getattr(config, name))} entries "
-                f"for {config.num_hidden_layers} layers: give one a layer"
-            )
-    for kind in (*config.layer_types, *config.rope_scaling_layer_types):
-        if kind not in ("full_attention", "sliding_attention"):
-            raise ConfigError(
-                f"layer type {kind!r} is not known: use full_attention or sliding_attention"
-            )
-    for name in ("rope_theta", "partial_rotary_factors", "swiglu_limits", "swiglu_limits_shared"):
-        for value in getattr(config, name):
-            if value is not None or not name.startswith("swiglu"):  # where None is no limit
-                _expect_positive(name, value)
+    _check_values(config)
+    _check_layers(config)
     if config.rope_scaling is not None:
         _check_rope_scaling(config.rope_scaling)
-    if len(set(config.moe_layers)) < len(config.moe_layers):
-        raise ConfigError(f"moe_layers names a layer twice: {config.moe_layers}")
     for heads in (config.num_attention_heads, config.num_attention_heads_sliding):
         if heads % config.num_key_value_heads:
             raise ConfigError(
@@ -104,6 +76,44 @@ def check_config(config: Step3p5Config) -> None:
             f"top-{config.num_experts_per_tok} routing needs at least as many experts, "
             f"got {config.num_experts}"
         )
+
+
+def _check_values(config: Step3p5Config) -> None:
+    """Each number by itself."""
+    for name in _POSITIVE:
+        value = getattr(config, name)
+        if not isinstance(value, int) or isinstance(value, bool) or value < 1:
+            raise ConfigError(f"{name} must be a positive whole number, got {value!r}")
+    check_dtype(config.torch_dtype)
+    for name in ("rms_norm_eps", "router_scaling_factor"):
+        _expect_positive(name, getattr(config, name))
+    if not isinstance(config.norm_topk_prob, bool):
+        raise ConfigError(f"norm_topk_prob must be true or false, got {config.norm_topk_prob!r}")
+    if config.bos_token_id is not None:
+        whole_number("bos_token_id", config.bos_token_id, least=0)
+    for token in config.eos_token_ids:
+        whole_number("eos_token_id", token, least=0)
+
+
+def _check_layers(config: Step3p5Config) -> None:
+    """What is given layer by layer."""
+    for name in _PER_LAYER:
+        if len(getattr(config, name)) != config.num_hidden_layers:
+            raise ConfigError(
+                f"{name} has {len(getattr(config, name))} entries "
+                f"for {config.num_hidden_layers} layers: give one a layer"
+            )
+    for kind in (*config.layer_types, *config.rope_scaling_layer_types):
+        if kind not in ("full_attention", "sliding_attention"):
+            raise ConfigError(
+                f"layer type {kind!r} is not known: use full_attention or sliding_attention"
+            )
+    for name in ("rope_theta", "partial_rotary_factors", "swiglu_limits", "swiglu_limits_shared"):
+        for value in getattr(config, name):
+            if value is not None or not name.startswith("swiglu"):  # where None is no limit
+                _expect_positive(name, value)
+    if len(set(config.moe_layers)) < len(config.moe_layers):
+        raise ConfigError(f"moe_layers names a layer twice: {config.moe_layers}")
     outside = [i for i in config.moe_layers if not 0 <= i < config.num_hidden_layers]
     if outside:
         raise ConfigError(

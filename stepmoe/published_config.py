@@ -46,32 +46,10 @@ def parse(published: dict[str, Any]) -> dict[str, Any]:
     """
     if not isinstance(published, dict):
         raise ConfigError(f"config.json must hold an object, got {type(published).__name__}")
-    for name, allowed in _FIXED.items():
-        if published.get(name, allowed[0]) not in allowed:
-            raise ConfigError(
-                f"config.json says {name} = {published[name]!r}; stepmoe implements {allowed[0]!r}"
-            )
+    _check_fixed(published)
     num_layers = whole_number("num_hidden_layers", _field(published, "num_hidden_layers"))
-    layer_types = _per_layer(published, "layer_types", num_layers)
-    sliding = _object(published, "attention_other_setting")
-    if sliding.get("attention_type", "sliding_attention") != "sliding_attention":
-        raise ConfigError(
-            f"attention_other_setting describes {sliding['attention_type']!r}; "
-            "stepmoe implements sliding_attention"
-        )
-    for name in ("num_attention_groups", "head_dim"):
-        if sliding.get(name, published.get(name)) != published.get(name):
-            raise ConfigError(
-                f"attention_other_setting has {name} = {sliding[name]}, the full layers "
-                f"{published.get(name)}: stepmoe needs them equal"
-            )
-    block = _object(published, "quantization_config").get("weight_block_size", [BLOCK, BLOCK])
-    if block != [BLOCK, BLOCK]:
-        raise ConfigError(
-            f"quantization_config has weight_block_size = {block}; stepmoe reads FP8 weights in "
-            f"blocks of {BLOCK} x {BLOCK}"
-        )
     heads = _field(published, "num_attention_heads")
+    sliding = _object(published, "attention_other_setting")
     eos = published.get("eos_token_id")
     return {
         "hidden_size": _field(published, "hidden_size"),
@@ -82,7 +60,7 @@ def parse(published: dict[str, Any]) -> dict[str, Any]:
         "num_attention_heads": heads,
         "num_attention_heads_sliding": sliding.get("num_attention_heads", heads),
         "num_key_value_heads": _field(published, "num_attention_groups"),
-        "layer_types": layer_types,
+        "layer_types": _per_layer(published, "layer_types", num_layers),
         "sliding_window": _field(published, "sliding_window"),
         "rope_theta": _per_layer(published, "rope_theta", num_layers),
         "partial_rotary_factors": _per_layer(published, "partial_rotary_factors", num_layers),
@@ -104,6 +82,33 @@ def parse(published: dict[str, Any]) -> dict[str, Any]:
             published.get("torch_dtype") or published.get("dtype") or "bfloat16"
         ).removeprefix("torch."),
     }
+
+
+def _check_fixed(published: dict[str, Any]) -> None:
+    """Refuse settings that make another model of it than the one implemented."""
+    for name, allowed in _FIXED.items():
+        if published.get(name, allowed[0]) not in allowed:
+            raise ConfigError(
+                f"config.json says {name} = {published[name]!r}; stepmoe implements {allowed[0]!r}"
+            )
+    sliding = _object(published, "attention_other_setting")
+    if sliding.get("attention_type", "sliding_attention") != "sliding_attention":
+        raise ConfigError(
+            f"attention_other_setting describes {sliding['attention_type']!r}; "
+            "stepmoe implements sliding_attention"
+        )
+    for name in ("num_attention_groups", "head_dim"):
+        if sliding.get(name, published.get(name)) != published.get(name):
+            raise ConfigError(
+                f"attention_other_setting has {name} = {sliding[name]}, the full layers "
+                f"{published.get(name)}: stepmoe needs them equal"
+            )
+    block = _object(published, "quantization_config").get("weight_block_size", [BLOCK, BLOCK])
+    if block != [BLOCK, BLOCK]:
+        raise ConfigError(
+            f"quantization_config has weight_block_size = {block}; stepmoe reads FP8 weights in "
+            f"blocks of {BLOCK} x {BLOCK}"
+        )
 
 
 def _field(published: dict[str, Any], name: str) -> Any:

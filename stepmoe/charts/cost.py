@@ -44,7 +44,6 @@ def cost_fit(check: PublishedCheck, title: str | None = None) -> Figure:
         check: of `stepmoe.comm.cost_check.check_on_published()`.
         title: above the picture; None writes one.
     """
-    sizes = [prediction.nbytes for prediction in check.predictions]
     kind = "curve" if check.algorithm == "pipelined" else "line"
     with style():
         figure = new_figure(8.4, 4.9)
@@ -55,59 +54,59 @@ def cost_fit(check: PublishedCheck, title: str | None = None) -> Figure:
             size=13.5,
             y=0.965,
         )
-        dense = [sizes[0] * (sizes[-1] / sizes[0]) ** (i / 100) for i in range(101)]
-        curve = [
-            collective_time("all_reduce", size, 8, check.link, check.algorithm) * 1e6
-            for size in dense
-        ]
-        axes.plot(dense, curve, color=COLOURS["all_reduce"], lw=2.2, label=_name_of(check))
-        for fitted, face, words in (
-            (True, INK, "published, used for the fit"),
-            (False, PAPER, "published, not used; error of the prediction beside it"),
-        ):
-            rows = [row for row in check.predictions if row.fitted == fitted]
-            axes.plot(
-                [row.nbytes for row in rows],
-                [row.published * 1e6 for row in rows],
-                ls="none",
-                marker="o",
-                ms=8,
-                mfc=face,
-                mec=INK,
-                mew=1.8,
-                label=words,
-                zorder=4,
-            )
-        for row in check.predictions:
-            if row.fitted:
-                continue
-            axes.plot(
-                (row.nbytes, row.nbytes),
-                (row.published * 1e6, row.predicted * 1e6),
-                color=FAINT,
-                lw=1,
-                zorder=1,
-            )
-            axes.annotate(
-                f"{row.error:+.0%}",
-                (row.nbytes, row.published * 1e6),
-                (0, -11),
-                textcoords="offset points",
-                size=10,
-                ha="center",
-                va="top",
-            )
-        axes.set(xscale="log", yscale="log", xlabel="bytes of the tensor", ylabel="µs")
-        axes.set_xlim(sizes[0] / 1.5, sizes[-1] * 1.5)
-        axes.set_ylim(min(row.published for row in check.predictions) * 0.55e6)
-        axes.xaxis.set_major_locator(FixedLocator(sizes))
-        axes.xaxis.set_major_formatter(FuncFormatter(lambda size, _: _short(size)))
-        axes.yaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:g}"))
-        axes.yaxis.set_major_locator(LogLocator(10, subs=(1, 2, 5), numticks=99))
-        axes.xaxis.set_minor_locator(NullLocator())
-        axes.yaxis.set_minor_locator(NullLocator())
+        _curve(axes, check)
+        _published_points(axes, check)
+        _bytes_and_time(axes, check)
         axes.legend(loc="upper left", frameon=False)
     return figure
+
+
+def _curve(axes: Axes, check: PublishedCheck) -> None:
+    first, last = check.predictions[0].nbytes, check.predictions[-1].nbytes
+    sizes = [first * (last / first) ** (i / 100) for i in range(101)]
+    times = [
+        collective_time("all_reduce", size, 8, check.link, check.algorithm) * 1e6 for size in sizes
+    ]
+    axes.plot(sizes, times, color=COLOURS["all_reduce"], lw=2.2, label=_name_of(check))
+
+
+def _published_points(axes: Axes, check: PublishedCheck) -> None:
+    """A dot each, full where the curve was fitted on it, else with the prediction's error."""
+    for fitted, face, words in (
+        (True, INK, "published, used for the fit"),
+        (False, PAPER, "published, not used; error of the prediction beside it"),
+    ):
+        rows = [row for row in check.predictions if row.fitted == fitted]
+        sizes, times = [row.nbytes for row in rows], [row.published * 1e6 for row in rows]
+        axes.plot(sizes, times, "o", ms=8, mfc=face, mec=INK, mew=1.8, label=words, zorder=4)
+    for row in check.predictions:
+        if row.fitted:
+            continue
+        at, time = row.nbytes, row.published * 1e6
+        axes.plot((at, at), (time, row.predicted * 1e6), color=FAINT, lw=1, zorder=1)
+        axes.annotate(
+            f"{row.error:+.0%}",
+            (at, time),
+            (0, -11),
+            textcoords="offset points",
+            size=10,
+            ha="center",
+            va="top",
+        )
+
+
+def _bytes_and_time(axes: Axes, check: PublishedCheck) -> None:
+    """Logarithmic axes, marked at the published sizes."""
+    sizes = [row.nbytes for row in check.predictions]
+    axes.set(xscale="log", yscale="log", xlabel="bytes of the tensor", ylabel="µs")
+    axes.set_xlim(sizes[0] / 1.5, sizes[-1] * 1.5)
+    axes.set_ylim(min(row.published for row in check.predictions) * 0.55e6)
+    axes.xaxis.set_major_locator(FixedLocator(sizes))
+    axes.xaxis.set_major_formatter(FuncFormatter(lambda size, _: _short(size)))
+    axes.yaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:g}"))
+    axes.yaxis.set_major_locator(LogLocator(10, subs=(1, 2, 5), numticks=99))
+    axes.xaxis.set_minor_locator(NullLocator())
+    axes.yaxis.set_minor_locator(NullLocator())
 
 
 def _name_of(check: PublishedCheck) -> str:
