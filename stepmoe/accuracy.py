@@ -32,7 +32,7 @@ def register(subparsers: argparse._SubParsersAction[argparse.ArgumentParser]) ->
     add = parser.add_argument
     add("--questions", type=int, help="the first so many (default: all 1319)")
     add("--batch-size", type=int, default=BATCH_SIZE, help=f"default: {BATCH_SIZE}")
-    add("--model", type=Path, metavar="FOLDER", help="its weights (default: those shipped)")
+    add("--model", type=Path, metavar="FOLDER", help="its checkpoint (default: the one shipped)")
     command.add_arguments(parser, _RANKS, "the checkpoint's")
     parser.set_defaults(run=_run)
 

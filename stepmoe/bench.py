@@ -31,9 +31,11 @@ def register(subparsers: argparse._SubParsersAction[argparse.ArgumentParser]) ->
     command.add_shape(parser)
     command.add_arguments(parser, _RANKS, "the shape's own")
     add = parser.add_argument
-    add("--tokens", nargs="+", type=int, default=[1, 64, 1024], metavar="N")
+    tokens = [1, 64, 1024]
+    words = f"tokens a step (default: {' '.join(map(str, tokens))})"
+    add("--tokens", nargs="+", type=int, default=tokens, metavar="N", help=words)
     add("--phase", nargs="+", default=list(PHASES), choices=PHASES)
-    add("--repeats", type=int, default=20, help="rounds, at least 6 (default: 20)")
+    add("--repeats", type=int, default=20, help="timed rounds, at least 6 (default: 20)")
     add("--warmup", type=int, default=3, help="rounds before them (default: 3)")
     add("--seed", type=int, default=0)
     parser.set_defaults(run=_run)

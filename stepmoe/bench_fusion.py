@@ -30,7 +30,8 @@ def register(subparsers: argparse._SubParsersAction[argparse.ArgumentParser]) ->
     )
     add = parser.add_argument
     sizes = [1, 8, 32, 64, 128, 256, 512, 1024, 2048, 4096, 8192, 16384]
-    add("--tokens", nargs="+", type=int, default=sizes, metavar="N")
+    rows = f"rows of the tensor (default: {' '.join(map(str, sizes))})"
+    add("--tokens", nargs="+", type=int, default=sizes, metavar="N", help=rows)
     add("--hidden", type=int, default=4096, metavar="D", help="hidden size (default: 4096)")
     add("--dtype", default=_DTYPES[0], choices=_DTYPES)
     add("--rounds", type=int, default=30, help="timed rounds (default: 30)")
