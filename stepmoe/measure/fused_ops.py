@@ -2,11 +2,13 @@
 how long the collectives alone.
 
 Runs inside a rank: `ranks.run(time_fused_ops, [1, 64, 2048])`, or under torchrun through
-`python -m stepmoe bench-fusion`. Each implementation is checked against float64 before it is timed.
+`python -m stepmoe bench-fusion`. Each implementation is compared with float64 before it is timed,
+and is not timed where it is wrong.
 """
 
 from __future__ import annotations
 
+import math
 import statistics
 import time
 from collections.abc import Callable, Sequence
@@ -27,6 +29,7 @@ from stepmoe.launch import rank_device
 from stepmoe.measure.fused_calls import (
     ALONE,
     IMPLEMENTATIONS,
+    TOLERANCE,
     Call,
     Inputs,
     call_of,
@@ -126,7 +129,7 @@ def _time_size(
             call = call_of(name, rehearsal)
             with force(name) if name not in ALONE else nullcontext():
                 inputs.fill()
-                errors[name] = error_of(inputs, *call(comm, inputs, 0))
+                errors[name] = _checked(name, error_of(inputs, *call(comm, inputs, 0)))
             replays[name] = partial(_all_calls, name, call, comm, inputs)
             if not rehearsal:
                 replays[name] = _captured(replays[name])
@@ -141,11 +144,22 @@ def _time_size(
             if number >= 3:  # the first rounds warm up
                 times[name].append(seconds / calls * 1e6)
     return [
-        Timing(tokens, name, _slowest(times[name]), max(_slowest([errors[name]])))
+        Timing(tokens, name, _slowest(times[name]), errors[name])
         if name in replays
         else Timing(tokens, name, refusal=refusals[name])
         for name in (*ALONE, *IMPLEMENTATIONS)
     ]
+
+
+def _checked(name: str, error: float) -> float:
+    """The worst rank's error; ConfigError, on every rank, where that is no rounding."""
+    (worst,) = _slowest([error if math.isfinite(error) else math.inf])  # a maximum may drop NaN
+    if not worst < TOLERANCE:
+        raise ConfigError(
+            f"{name}: relative to float64 its result is off by {worst:.2g}, and roundings by less "
+            f"than {TOLERANCE:.2g}: not timed"
+        )
+    return worst
 
 
 def _all_calls(name: str, call: Call, comm: Communicator, inputs: Inputs) -> None:

@@ -22,7 +22,7 @@ from stepmoe.comm.groups import build_groups, world_size
 from stepmoe.errors import ConfigError, RankError, RankTimeout
 from stepmoe.launch import Ranks, rank_device
 from stepmoe.measure.environment import Place, look_around
-from stepmoe.measure.fused_calls import call_of, error_of, make_inputs
+from stepmoe.measure.fused_calls import TOLERANCE, call_of, error_of, make_inputs
 from stepmoe.parallel import ParallelConfig
 
 #: How a rank is lost, half way through some calls.
@@ -30,8 +30,6 @@ LOSSES = ("killed", "absent")
 # So many calls; the time limit (s) of "absent"; and of everything else, in which kernels may have
 # to be compiled: FlashInfer's take minutes.
 _CALLS, _LIMIT, _PATIENCE = 20, 5.0, 600.0
-# Three roundings to bfloat16, each of at most 2**-8 and on average of less than half of that.
-_TOLERANCE = 2**-8
 
 
 @dataclass(frozen=True)
@@ -90,10 +88,11 @@ def _lose(ranks: Ranks, loss: Loss, tokens: int, hidden_size: int) -> Loss:
         else:
             raise RuntimeError(f"{name}: a rank was {how}, and the call succeeded")
         lost = float(mark.read_text()) if how == "killed" else begun + limit
-    wrong = max(ranks.run(_sums, name, tokens, hidden_size, timeout=_PATIENCE))
+    errors = ranks.run(_sums, name, tokens, hidden_size, timeout=_PATIENCE)
     usable = time.time() - failed
-    if not wrong < _TOLERANCE:
-        raise RuntimeError(f"{name}: a rank was {how}, and the next sum was off by {wrong:.2g}")
+    if not all(error < TOLERANCE for error in errors):  # so that NaN is wrong, too
+        off = ", ".join(f"{error:.2g}" for error in errors)
+        raise RuntimeError(f"{name}: a rank was {how}, and the next sum was off by {off}")
     return replace(loss, ended=ended, error_seconds=failed - lost, usable_seconds=usable)
 
 
