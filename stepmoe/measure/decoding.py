@@ -52,7 +52,9 @@ def decode_in_turn(
     for name, steps in kinds.items():
         if steps.is_graph:
             move = partial(_move_to, cache, work.context)
-            steps.splits, steps.remark = split_replays(runs[name], move, device, group, SPLITS)
+            steps.splits, steps.remark = split_replays(
+                runs[name], move, device, group, SPLITS, sum(steps.counts.values())
+            )
             continue
         for _ in range(SPLITS):
             _move_to(cache, work.context)

@@ -53,11 +53,17 @@ def test_the_shortest_kernel_is_the_collective_and_the_rest_is_waiting():
 def test_profiles_that_do_not_fit_together_are_refused():
     group = RankGroup("tp", (0, 1))
     good = replays_of(rank_trace([0, 0, 0], 0.1, [1, 1, 1]))
-    assert _problem([good, good], 2, group) == ""
-    assert "saw [1, 2] of 2 replays" in _problem([good, good[:1]], 2, group)
+    assert _problem([good, good], 2, group, 3) == ""
+    assert "saw [1, 2] of 2 replays" in _problem([good, good[:1]], 2, group, 3)
     assert "saw [2, 3] kernels" in _problem(
-        [good, [good[0], type(good[1])(1.0, [0.1] * 2)]], 2, group
+        [good, [good[0], type(good[1])(1.0, [0.1] * 2)]], 2, group, 3
+    )
+    # One of four collectives by a kernel of an unknown name, on every rank.
+    assert "saw [3] kernels that communicate in a replay, and the ledger 4" in _problem(
+        [good, good], 2, group, 4
     )
     silent = [type(replay)(1.0, []) for replay in good]
-    assert "saw [0] kernels" in _problem([silent, silent], 2, group)
-    assert _problem([silent], 2, RankGroup("tp", (0,))) == ""
+    assert "saw [0] kernels" in _problem([silent, silent], 2, group, 3)
+    assert _problem([silent], 2, RankGroup("tp", (0,)), 0) == ""
+    simulated = RankGroup("tp", (0, 1), simulated=True)
+    assert _problem([silent], 2, simulated, 3) == ""
