@@ -192,15 +192,20 @@ def expert_imbalance(results: Sequence[Imbalance]) -> Figure:
         raise ConfigError("no simulation to draw: give what simulate_imbalance returned")
     looks = {"uniform": (COLOURS["all_gather"], "o"), "skewed": (COLOURS["share_expert"], "s")}
     lines = ("-", "--", ":")
+    every = sorted({one.tokens for one in results}, reverse=True)
+    if len(every) > len(lines):
+        raise ConfigError(
+            f"{len(every)} numbers of tokens ({every}): the picture tells {len(lines)} apart, draw "
+            "the others in another"
+        )
     with style():
         figure = new_figure(8.6, 4.2)
         axes = figure.add_axes((0.1, 0.16, 0.6, 0.68))
         figure.suptitle(
             "Simulated: rows of the busiest rank over the mean", weight="bold", size=13.5
         )
-        every = sorted({one.tokens for one in results}, reverse=True)
         for routing, (colour, marker) in looks.items():
-            for line, tokens in zip(lines, every, strict=False):
+            for line, tokens in zip(lines[: len(every)], every, strict=True):
                 curve = [one for one in results if (one.routing, one.tokens) == (routing, tokens)]
                 aside = 1.04 if routing == "skewed" and tokens == every[0] else 1.0
                 axes.errorbar(

@@ -296,6 +296,13 @@ def test_pictures_say_what_is_predicted_and_simulated():
     scaled = charts.scaled_steps(steps, "made up", steps, too_large=[2])
     for needed in ("Predicted", "modelled", "too large", "skewed", "made up"):
         assert needed in words(scaled)
+    bars = scaled.axes[0].patches
+    assert len(bars) == 3 * len(steps)
+    for number, step in enumerate(steps):
+        own = bars[number :: len(steps)]
+        heights = [step.compute * 1e3, step.communication * 1e3, step.passes * 1e3]
+        assert [bar.get_height() for bar in own] == pytest.approx(heights)
+        assert own[-1].get_y() + own[-1].get_height() == pytest.approx(step.seconds * 1e3)
     simulated = charts.expert_imbalance(simulate_imbalance(TINY, [8, 64], (1, 2), draws=2))
     assert "Simulated" in words(simulated)
     for figure in (pays, scaled, simulated):
@@ -340,6 +347,10 @@ def test_sliders_move_the_scaled_step():
         (lambda: charts.where_it_pays([]), "no saving"),
         (lambda: charts.scaled_steps(scale(TINY, [8, 16], [2]), ""), "of one variant"),
         (lambda: charts.expert_imbalance([]), "no simulation"),
+        (
+            lambda: charts.expert_imbalance(simulate_imbalance(TINY, [1, 2, 3, 4], [1], draws=1)),
+            r"4 numbers of tokens \(\[4, 3, 2, 1\]\): the picture tells 3 apart",
+        ),
     ],
 )
 def test_bad_input_is_named(call, message):
