@@ -32,9 +32,10 @@ def check_memory(
         there = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
         needed, what = weights * here, "this machine"
     if needed > there:
+        form = "FP8 weights" if quantization else dtype
         raise ConfigError(
             f"the weights of --shape take {needed / 2**30:,.0f} GiB with tp={parallel.tp} and "
-            f"{dtype}; {what} has {there / 2**30:,.0f}. Choose another shape, tp or dtype"
+            f"{form}; {what} has {there / 2**30:,.0f}. Choose another shape, tp or dtype"
         )
 
 
