@@ -1,4 +1,4 @@
-"""`python -m stepmoe multi-gpu`: the whole comparison on the GPUs of one host."""
+"""`python -m stepmoe multi-gpu`: the plan on the GPUs of one host."""
 
 from __future__ import annotations
 
@@ -29,10 +29,11 @@ def register(subparsers: argparse._SubParsersAction[argparse.ArgumentParser]) ->
     """Add the `multi-gpu` command."""
     parser = subparsers.add_parser(
         "multi-gpu",
-        help="measure everything on 2, 4 or 8 GPUs of one host, step by step, resumable",
-        description="Run the whole comparison, step by step, and keep one JSON file a step; again, "
-        f"it goes on where it stopped. Needs {NEEDS}. On any machine --device cpu --shape tiny "
-        "runs all of it at small sizes, which measures nothing.",
+        help="tests and measurements on 2, 4 or 8 GPUs of one host, step by step, resumable",
+        description="Test the variants on these GPUs, and measure collectives, prefill, decode and "
+        "the recovery from a rank's death: step by step, one JSON file each (--list shows them); "
+        f"again, it goes on where it stopped. Needs {NEEDS}. On any machine --device cpu --shape "
+        "tiny runs such steps at small sizes, which measures nothing.",
     )
     add = parser.add_argument
     add("--list", "--dry-run", action="store_true", help="show the plan and run nothing")
@@ -59,8 +60,8 @@ def _run(args: argparse.Namespace) -> int:
         folder = args.folder or _FOLDERS[setting.shape]
         plan = steps_of(setting)
         wanted = choose(plan, args.only, "--only")
-        again = [step.name for step in choose(wanted, args.again or [], "--again")]
-        again = [] if args.again is None else again
+        repeated = [] if args.again is None else choose(wanted, args.again, "--again")
+        again = [step.name for step in repeated]
         known = read_all(folder, plan, setting, again) if here else {}
         if args.minutes is not None and not args.minutes > 0:
             raise ConfigError(f"--minutes {args.minutes}: give more than 0")

@@ -64,10 +64,16 @@ def fit_link(collectives: Mapping[str, Any], algorithm: str = "pipelined") -> Fi
         collectives: what `bench-fusion --json` wrote.
 
     Raises:
-        ConfigError: fewer than three sizes, or times that do not grow with them.
+        ConfigError: fewer than three sizes, times that do not grow with them or that no link fits,
+            or scipy is not installed.
     """
-    from scipy.optimize import curve_fit
-    from scipy.stats import t
+    try:
+        from scipy.optimize import curve_fit
+        from scipy.stats import t
+    except ImportError as error:
+        raise ConfigError(
+            "the fit needs scipy, which is not installed: pip install 'stepmoe[notebooks]'"
+        ) from error
 
     sizes, seconds = _times(collectives, "all_reduce")
     ranks = collectives["hardware"]["ranks"]
@@ -82,7 +88,13 @@ def fit_link(collectives: Mapping[str, Any], algorithm: str = "pipelined") -> Fi
 
     # Logarithms keep both above 0; 1 ns in place of a latency of 0, which has none.
     first = (math.log(max(start.latency, 1e-9)), math.log(start.bandwidth))
-    found, covariance = curve_fit(model, np.array(sizes), np.log(seconds), p0=first)
+    try:
+        found, covariance = curve_fit(model, np.array(sizes), np.log(seconds), p0=first)
+    except RuntimeError as error:  # so scipy says that it did not converge
+        raise ConfigError(
+            f"no link fits the {len(sizes)} times of all_reduce ({error}): measure them again, "
+            "--again collectives"
+        ) from error
     reach = t.ppf((1 + CONFIDENCE) / 2, len(sizes) - 2) * np.sqrt(np.diag(covariance))
     low, high = np.exp(found - reach).tolist(), np.exp(found + reach).tolist()
     latency, bandwidth = np.exp(found).tolist()

@@ -89,9 +89,20 @@ def check_packages(steps: Sequence[Step]) -> None:
 
 def remarks(setting: Setting) -> list[str]:
     """What this machine's results will lack, before anything is run."""
-    if setting.rehearsal or importlib.util.find_spec("flashinfer") is not None:
+    if setting.rehearsal:
         return []
-    return ["FlashInfer is not installed, and will be missing: pip install 'stepmoe[cuda]'"]
+    found = []
+    if importlib.util.find_spec("flashinfer") is None:
+        found.append(
+            "FlashInfer is not installed, and will be missing: pip install 'stepmoe[cuda]'"
+        )
+    links = links_of(_nvidia_smi("topo", "-m")[0])
+    if others := [link for link in links if not link.startswith("NV")]:
+        found.append(
+            f"nvidia-smi says that GPUs are linked by {', '.join(others)}, not by NVLink: the "
+            "collectives are slower then, and the predictions are for NVLink"
+        )
+    return found
 
 
 def describe_machine(setting: Setting) -> dict[str, Any]:
@@ -105,13 +116,17 @@ def describe_machine(setting: Setting) -> dict[str, Any]:
         },
     }
     if setting.device == "cuda":
-        topology = _nvidia_smi("topo", "-m")
-        rows = _nvidia_smi(f"--query-gpu={','.join(_QUERY)}", "--format=csv,noheader").splitlines()
-        described["gpus"] = [
-            dict(zip(_QUERY, map(str.strip, row.split(",")), strict=False)) for row in rows
-        ]
-        described["topology"] = topology
-        described["links"] = links_of(topology)
+        topology, no_topology = _nvidia_smi("topo", "-m")
+        rows, no_rows = _nvidia_smi(f"--query-gpu={','.join(_QUERY)}", "--format=csv,noheader")
+        if not no_rows:
+            described["gpus"] = [
+                dict(zip(_QUERY, map(str.strip, row.split(",")), strict=False))
+                for row in rows.splitlines()
+            ]
+        if not no_topology:
+            described |= {"topology": topology, "links": links_of(topology)}
+        if problem := no_rows or no_topology:
+            described["nvidia_smi_error"] = problem
     return described
 
 
@@ -130,15 +145,19 @@ def links_of(topology: str) -> list[str]:
     return sorted(found - {"X"})
 
 
-def _nvidia_smi(*arguments: str) -> str:
-    """Its output without the colours of a terminal; what went wrong in place of it."""
+def _nvidia_smi(*arguments: str) -> tuple[str, str]:
+    """Its output without the colours of a terminal; and what went wrong, if so."""
     try:
         done = subprocess.run(
             ["nvidia-smi", *arguments], capture_output=True, text=True, timeout=60, check=False
         )
     except (OSError, subprocess.TimeoutExpired) as error:
-        return f"not known: nvidia-smi: {type(error).__name__}"
-    return re.sub(r"\x1b\[[0-9;]*m", "", done.stdout).rstrip()
+        return "", f"nvidia-smi: {type(error).__name__}"
+    shown = re.sub(r"\x1b\[[0-9;]*m", "", done.stdout).rstrip()
+    if done.returncode:
+        said = (done.stderr.strip() or shown)[-500:]
+        return "", f"nvidia-smi {arguments[0]}: exit status {done.returncode}: {said}"
+    return shown, ""
 
 
 def _checked(ranks: int) -> int:

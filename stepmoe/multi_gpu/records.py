@@ -17,6 +17,7 @@ from stepmoe.multi_gpu.plan import Setting, Step
 #: What a step's file calls itself where the step wrote none of its own.
 FORMAT = "stepmoe multi-gpu step 1"
 DONE, FAILED, TIMEOUT = "done", "failed", "over its limit"
+_KEYS = {"status", "seconds", "date", "setting", "rehearsal", "machine"}
 
 
 @dataclass(frozen=True)
@@ -25,7 +26,7 @@ class Record:
 
     Attributes:
         run: how the step went: step, status, seconds, date, command, setting, machine, and of one
-            that was not done its last lines of output.
+            that was not done its last lines of output and its limit.
         content: all of the file: what the step's command wrote, and `run`.
     """
 
@@ -57,8 +58,10 @@ def read(folder: Path, step: str) -> Record | None:
     try:
         content = json.loads(file.read_text())
         run = content["run"]
-        if run["step"] != step or not {"status", "seconds", "setting"} <= run.keys():
+        if run["step"] != step:
             raise ValueError("it belongs to another step")
+        if lacking := _KEYS - run.keys():
+            raise ValueError(f"it lacks {', '.join(sorted(lacking))}")
     except FileNotFoundError:
         return None
     except (OSError, ValueError, KeyError, TypeError) as error:
@@ -105,16 +108,23 @@ def check_folder(folder: Path) -> None:
         raise ConfigError(f"--folder {folder}: cannot be written to; give another")
 
 
-def write(folder: Path, run: dict[str, Any]) -> Record:
-    """Keep a step: `run`, and what its command wrote; in one go, so that no half file is left."""
+def write(folder: Path, run: dict[str, Any], if_not_done: Mapping[str, Any]) -> Record:
+    """Keep a step: `run`, and what its command wrote; in one go, so that no half file is left.
+
+    Args:
+        if_not_done: what is kept, too, of a step that was not: its output, its limit.
+    """
     unfinished, file = unfinished_file_of(folder, run["step"]), file_of(folder, run["step"])
     content: dict[str, Any] = {"format": FORMAT}
     try:
         content |= json.loads(unfinished.read_text())
     except (FileNotFoundError, ValueError):  # it wrote nothing, or ended while it wrote
         if run["status"] == DONE:
-            output = f"it wrote no whole result\n{run.get('output', '')}"
-            run = {**run, "status": FAILED, "output": output}
+            run = {**run, "status": FAILED}
+            output = f"{if_not_done['output']}\nit wrote no whole result"
+            if_not_done = {**if_not_done, "output": output.lstrip()}
+    if run["status"] != DONE:
+        run = {**run, **if_not_done}
     run = {**run, **{name: neutral(run[name]) for name in ("machine", "output") if name in run}}
     content["run"] = run
     whole = file.with_suffix(".whole")

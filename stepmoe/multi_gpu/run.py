@@ -100,10 +100,12 @@ def _run_step(
         "rehearsal": setting.rehearsal,
         "machine": dict(machine),
     }
-    if status != DONE:
-        run["output"] = "\n".join(outcome.output.splitlines()[-_LINES:])
-        run["limit"] = round(limit)
-    return write(folder, run)
+    # `write` keeps the rest where the step was not done, or says that and wrote no whole result.
+    return write(
+        folder,
+        run,
+        {"output": "\n".join(outcome.output.splitlines()[-_LINES:]), "limit": round(limit)},
+    )
 
 
 def run_command(words: Sequence[str], limit: float) -> Outcome:
@@ -137,7 +139,16 @@ def _end(process: subprocess.Popen[bytes]) -> None:
             os.killpg(process.pid, number)
         except ProcessLookupError:
             return
-        try:
-            process.wait(_PATIENCE)
-        except subprocess.TimeoutExpired:
-            continue
+        end = time.monotonic() + _PATIENCE
+        while time.monotonic() < end and _is_there(process):
+            time.sleep(0.1)
+
+
+def _is_there(process: subprocess.Popen[bytes]) -> bool:
+    """Whether anything of its group is: when it has ended, its children may still be at it."""
+    process.poll()  # an ended process is there until someone has asked
+    try:
+        os.killpg(process.pid, 0)
+    except ProcessLookupError:
+        return False
+    return True

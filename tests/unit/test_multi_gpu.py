@@ -44,6 +44,12 @@ class Machine:
         return run_steps(steps, folder, HERE, {"cpu": "x"}, minutes, self.execute, self.clock)
 
 
+# A file of before the date was kept: a report would need it.
+LACKING = json.dumps(
+    {"run": {"step": "a", "status": "done", "seconds": 1, "setting": HERE.identity()}}
+)
+
+
 def left(folder):
     known = read_all(folder, STEPS, HERE)
     return [step for step in STEPS if step.name not in known or not known[step.name].done]
@@ -71,6 +77,12 @@ def test_it_goes_on_where_it_stopped(tmp_path):
 def test_a_step_that_wrote_nothing_is_not_done(tmp_path):
     Machine(a=(1, 0, None), b=(1, 0, '{"half'), c=(1, 0, "{}")).run(tmp_path)
     assert [step.name for step in left(tmp_path)] == ["a", "b"]
+    for step in ("a", "b"):
+        run = read(tmp_path, step).run
+        assert (run["status"], run["limit"]) == ("failed", 150)
+        first, *_, last = run["output"].splitlines()
+        assert (first, last) == (f"the output of {step}", "it wrote no whole result")
+    assert not {"output", "limit"} & read(tmp_path, "c").run.keys()
 
 
 def test_what_an_interrupted_step_wrote_is_no_result(tmp_path):
@@ -91,7 +103,7 @@ def test_a_budget_starts_nothing_that_would_not_fit_and_ends_what_overruns(tmp_p
     assert finished.left == ["a"]  # a shorter step behind it still fits
 
 
-@pytest.mark.parametrize("text", ["{", "[]", '{"run": 1}', '{"run": {"step": "b"}}', "{}"])
+@pytest.mark.parametrize("text", ["{", "[]", '{"run": 1}', '{"run": {"step": "b"}}', "{}", LACKING])
 def test_a_file_that_is_no_result_is_named(tmp_path, text):
     file_of(tmp_path, "a").write_text(text)
     with pytest.raises(sm.ConfigError, match=r"a\.json is not a whole result .* delete it"):
@@ -132,11 +144,17 @@ def test_every_command_of_the_plan_exists(ranks, memory):
 
 def test_as_many_layers_as_fit():
     # 45 layers take 51 GB a rank at tp=8 (recorded: notebooks/results/h100_prefill.json).
-    assert Setting(8, "cuda", "flash", 8, "x", 80 * 10**9).layers() == 45
-    layers = Setting(2, "cuda", "flash", 2, "x", 80 * 10**9).layers()
+    assert Setting(8, "cuda", "flash", 8, "x", 80 * 10**9).num_layers() == 45
+    two = Setting(2, "cuda", "flash", 2, "x", 80 * 10**9)
+    layers = two.num_layers()
     assert 45 * 80 / 400 < layers + 1 < 45 / 2  # 200 GB a rank at tp=2
+    # Almost all weights take half, and the first three layers, which have no experts, are small.
+    assert 1.8 * layers < two.num_layers("fp8") < 2.1 * layers
+    commands = {step.name: step.command for step in steps_of(two)}
+    assert f"--layers 0-{layers - 1}" in commands["prefill"]
+    assert f"--layers 0-{two.num_layers('fp8') - 1}" in commands["prefill-fp8"]
     with pytest.raises(sm.ConfigError, match="not one layer of the published shape fits"):
-        Setting(2, "cuda", "flash", 2, "x", 10**9).layers()
+        Setting(2, "cuda", "flash", 2, "x", 10**9).num_layers()
 
 
 def test_a_command_at_its_limit_ends_with_its_children():
@@ -154,6 +172,24 @@ def test_a_command_at_its_limit_ends_with_its_children():
         time.sleep(0.1)
     else:
         pytest.fail("the child lives on")
+
+
+def test_children_have_time_to_end(tmp_path):
+    """Their leader ends at once when it is told to; a child writes something first."""
+    file = tmp_path / "written"
+    child = (
+        "import signal, sys, time, pathlib\n"
+        "def end(*_):\n"
+        f"    time.sleep(1); pathlib.Path({str(file)!r}).write_text('x'); sys.exit()\n"
+        "signal.signal(signal.SIGTERM, end); print('ready', flush=True); time.sleep(99)"
+    )
+    code = f"import subprocess, sys; subprocess.run([sys.executable, '-c', {child!r}])"
+    done = run_command(["python", "-c", code], 2)
+    assert (done.status, done.output) == (None, "ready\n")
+    assert file.exists()
+
+
+def test_a_command_that_fails_is_heard():
     failed = run_command(["python", "-c", "import sys; print('bad'); sys.exit(3)"], 30)
     assert (failed.status, failed.output) == (3, "bad\n")
 
@@ -169,7 +205,37 @@ NIC0\tSYS\tSYS\tSYS\t X
 
 def test_links_between_gpus():
     assert machine.links_of(TOPOLOGY) == ["NV18", "PHB"]
-    assert machine.links_of("not known: nvidia-smi: FileNotFoundError") == []
+    assert machine.links_of("") == []
+
+
+def smi(tmp_path, monkeypatch, script):
+    """A made-up nvidia-smi."""
+    program = tmp_path / "nvidia-smi"
+    program.write_text(f"#!/bin/sh\n{script}\n")
+    program.chmod(0o755)
+    monkeypatch.setenv("PATH", str(tmp_path), prepend=os.pathsep)
+
+
+def test_slow_links_are_remarked(tmp_path, monkeypatch):
+    monkeypatch.setattr(machine.importlib.util, "find_spec", lambda name: name)
+    for topology, said in ((TOPOLOGY, ["linked by PHB"]), (TOPOLOGY.replace("PHB", "NV6"), [])):
+        smi(tmp_path, monkeypatch, f"cat <<'E'\n{topology}E")
+        found = machine.remarks(HERE)
+        assert len(found) == len(said)
+        assert all(words in remark for words, remark in zip(said, found, strict=True))
+
+
+def test_without_nvidia_smi_s_word_there_is_none(tmp_path, monkeypatch):
+    monkeypatch.setattr(machine, "versions", lambda on_gpu: {})
+    smi(tmp_path, monkeypatch, "echo no driver >&2; exit 9")
+    described = machine.describe_machine(HERE)
+    assert described["nvidia_smi_error"].endswith("exit status 9: no driver")
+    assert not {"gpus", "topology", "links"} & described.keys()
+    smi(tmp_path, monkeypatch, f"[ $1 = topo ] && cat <<'E' || echo 1.2, H200\n{TOPOLOGY}E")
+    described = machine.describe_machine(HERE)
+    assert described["links"] == ["NV18", "PHB"]
+    assert described["gpus"] == [{"driver_version": "1.2", "name": "H200"}]
+    assert "nvidia_smi_error" not in described
 
 
 class Gpu:

@@ -1,6 +1,7 @@
 """The fit and the comparison with predictions, on synthetic results whose truth is known."""
 
 import json
+import sys
 from pathlib import Path
 
 import numpy as np
@@ -33,7 +34,8 @@ def synthetic_collectives(noise=0.02, seed=0):
         times["triton one-shot"] = times["unfused"] / 1.5
         for name, seconds in times.items():
             microseconds = seconds * 1e6 * random.lognormal(0, noise)
-            rows.append({"tokens": tokens, "implementation": name, "median_us": microseconds})
+            row = {"tokens": tokens, "implementation": name, "median_us": microseconds}
+            rows.append(row | {"error": 4e-3 - 1e-7 * tokens})
         rows.append({"tokens": tokens, "implementation": "flashinfer one-shot", "refusal": "none"})
     return {
         "format": "stepmoe fused operation 1",
@@ -136,28 +138,93 @@ def test_another_share_is_not_compared():
     compute, remark = recorded_compute(RECORDED, frame)
     assert compute == {}
     assert "is of layers None, this run of [0, 1, 2]: steps not compared" in remark
-    assert step_terms(frame, {"deferred": Compute(1, 1, 1, "")}, fit_link(synthetic_collectives()))
+    terms = step_terms(frame, {"deferred": Compute(1, 1, 1, "")}, fit_link(synthetic_collectives()))
+    assert [term.name for term in terms] == [
+        f"deferred: {part}"
+        for part in ("compute", "communication", "waiting", "step", "throughput")
+    ]
+    # Three of the 45 layers: dense ones, of two collectives each, and what comes once a step.
+    link, size = LINKS["nccl_sm90"], 16384 * 4096 * 2
+    one = collective_time("all_reduce", size, 8, link, "pipelined") * 1e3
+    assert 6 * one < terms[1].predicted < 8 * one
 
 
-def test_the_report_of_a_folder(tmp_path):
-    save(synthetic_prefill(), tmp_path / "prefill.json")
-    (tmp_path / "collectives.json").write_text(json.dumps(synthetic_collectives()))
-    for step in ("prefill", "collectives"):
-        content = json.loads((tmp_path / f"{step}.json").read_text())
-        setting = {"ranks": 8, "device": "cuda", "shape": "flash", "gpu": "synthetic"}
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        (lambda a: a.update(dtype="float16"), "is of dtype bfloat16, this run of float16"),
+        (lambda a: a.update(quantization={"weights": "fp8"}), "is of quantization None, this run"),
+        (lambda a: a["workload"].update(input_len=4096), "is of input_len 8192, this run of 4096"),
+        (lambda a: a["workload"].update(chunk=8192), "is of chunk 16384, this run of 8192"),
+        (lambda a: a["config"].update(num_experts=16), "config.num_experts 288, this run of 16"),
+        (lambda a: a["parallel"].update(ep=2), "'ep': 4, 'attention': 'tp'}, this run of {'tp'"),
+    ],
+)
+def test_other_steps_are_not_compared(change, message):
+    frame = synthetic_prefill()
+    change(frame.attrs)
+    compute, remark = recorded_compute(RECORDED, frame)
+    assert compute == {}
+    assert message in remark
+
+
+def test_times_that_nothing_fits_are_named(monkeypatch):
+    def no_convergence(*_, **__):
+        raise RuntimeError("maxfev = 600")
+
+    monkeypatch.setattr("scipy.optimize.curve_fit", no_convergence)
+    with pytest.raises(sm.ConfigError, match=r"no link fits the 9 times .*maxfev = 600"):
+        fit_link(synthetic_collectives())
+    monkeypatch.setitem(sys.modules, "scipy.optimize", None)
+    with pytest.raises(sm.ConfigError, match="needs scipy, which is not installed"):
+        fit_link(synthetic_collectives())
+
+
+def keep(folder, **contents):
+    """A folder of finished steps."""
+    for step, content in contents.items():
+        if not isinstance(content, dict):
+            save(content, folder / f"{step}.json")
+            content = json.loads((folder / f"{step}.json").read_text())
         content["run"] = {
             "step": step,
             "status": "done",
             "seconds": 1.0,
             "date": "2026-11-25T12:00:00",
-            "setting": setting,
+            "setting": {"ranks": 8, "device": "cuda", "shape": "flash", "gpu": "synthetic"},
             "rehearsal": False,
             "machine": {"links": ["NV18"]},
         }
-        (tmp_path / f"{step}.json").write_text(json.dumps(content))
+        (folder / f"{step}.json").write_text(json.dumps(content))
+
+
+def test_the_report_of_a_folder(tmp_path):
+    frame, collectives = synthetic_prefill(), synthetic_collectives(noise=0)
+    keep(tmp_path, prefill=frame, collectives=collectives)
     text = report(tmp_path, RECORDED)
     assert "8 ranks, synthetic, linked by NV18" in text
-    assert "Fitted link: latency 1." in text
-    assert "Up to 64 tokens at least 1.4" in text or "Up to 64 tokens at least 1.5" in text
-    assert "Best: " in text
-    assert "deferred: communication" in text
+    assert "Fitted link: latency 1.30 µs (1.30 to 1.30), bandwidth 310 GB/s (310 to 310)." in text
+    assert "Up to 64 tokens at least 1.50x. Largest relative error against float64: 4.0e-03" in text
+    assert f"flashinfer one-shot did not run at {', '.join(map(str, TOKENS))} tokens" in text
+    best = frame.loc[frame["tokens_per_second"].idxmax()]
+    assert f"Best: {best['variant']}, {best['tokens_per_second']:,.0f} tokens/s (publ" in text
+    assert "8 H200 in FP8: 63,213)" in text
+    terms = step_terms(frame, recorded_compute(RECORDED, frame)[0], fit_link(collectives))
+    assert len(terms) == 5 * len(sm.VARIANTS)
+    assert text.endswith(table(terms))
+    assert "not compared" not in text
+
+
+def test_a_report_says_what_it_lacks(tmp_path):
+    frame = synthetic_prefill()
+    keep(tmp_path, prefill=frame)
+    text = report(tmp_path, None)
+    assert "not compared with their prediction without step collectives (not done) and --co" in text
+    keep(tmp_path, collectives=synthetic_collectives())
+    assert "with their prediction without --compute FILE" in report(tmp_path, None)
+    frame.attrs["layers"] = [0, 1, 2, 3]
+    frame.attrs["parallel"] = frame.attrs["parallel"] | {"tp": 2, "ep": 1}
+    keep(tmp_path, prefill=frame)
+    text = report(tmp_path, RECORDED)
+    assert "4 of 45 layers on 2 GPUs: not comparable with the published figures" in text
+    assert "63,213" not in text
