@@ -34,7 +34,7 @@ def register(subparsers: argparse._SubParsersAction[argparse.ArgumentParser]) ->
     )
     add = parser.add_argument
     add("--tp", type=int, default=_RANKS, help=f"ranks (default: {_RANKS})")
-    add("--tokens", type=int, default=64)
+    add("--tokens", type=int, default=64, metavar="N", help="rows of the tensor (default: 64)")
     add("--hidden", type=int, default=4096, metavar="D", help="hidden size (default: 4096)")
     names = f"some of {', '.join(IMPLEMENTATIONS)} (default: {' '.join(_DEFAULTS)})"
     add("--implementations", nargs="+", default=_DEFAULTS, metavar="NAME", help=names)
