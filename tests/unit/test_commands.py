@@ -1,7 +1,10 @@
 """What a user of the command line can get wrong: named, with status 2, before any rank starts."""
 
 import pytest
+import torch
 
+import stepmoe as sm
+from stepmoe import command_checks
 from stepmoe.__main__ import COMMANDS, main, parser
 from stepmoe.launch import Ranks
 
@@ -76,6 +79,14 @@ def test_a_wrong_argument_is_named(name, words, message, tmp_path, capsys):
     assert error.startswith(f"python -m stepmoe {name}: ")
     assert message.format(**places) in error
     assert "Traceback" not in error
+
+
+@pytest.mark.parametrize(("kept", "words"), [(None, "torch.bfloat16"), ("fp8", "FP8 weights")])
+def test_too_little_memory_is_said_of_the_weights_as_they_are_held(kept, words, monkeypatch):
+    monkeypatch.setattr(command_checks.os, "sysconf", lambda name: 1000)  # 1 MB
+    config, parallel = sm.Step3p5Config.flash(), sm.ParallelConfig(8, 4)
+    with pytest.raises(sm.ConfigError, match=f"with tp=8 and {words}; this machine has 0"):
+        command_checks.check_memory(config, parallel, torch.bfloat16, "cpu", kept)
 
 
 def test_trying_to_write_leaves_nothing(tmp_path):

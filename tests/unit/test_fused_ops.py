@@ -1,6 +1,7 @@
 """Timings of the fused operation: the floor, the file, the table, the picture, the command."""
 
 import json
+import math
 
 import pytest
 import torch
@@ -8,7 +9,11 @@ import torch
 import stepmoe as sm
 from stepmoe import charts, measure
 from stepmoe.__main__ import main
+from stepmoe.comm.groups import RankGroup
+from stepmoe.kernels.norm import add_gemma_rms_norm
+from stepmoe.measure import fused_ops, recovery
 from stepmoe.measure.environment import look_around
+from stepmoe.measure.fused_calls import TOLERANCE, error_of, make_inputs
 from stepmoe.measure.fused_ops import Timing, wire_floor
 from stepmoe.measure.fused_ops_file import with_provenance
 
@@ -26,6 +31,51 @@ TIMINGS = [
 def content():
     place = look_around(torch.device("cpu"))
     return with_provenance(TIMINGS, [place, place], 4096, torch.bfloat16, "torchrun ...")
+
+
+@pytest.mark.parametrize("ranks", [2, 8])
+def test_a_rounded_sum_is_right_and_one_without_an_addend_is_not(ranks, monkeypatch):
+    """A ring's sum: every rank adds its share to what came, and rounds to bfloat16."""
+    monkeypatch.setattr("stepmoe.measure.fused_calls.rank_device", lambda: torch.device("cpu"))
+    group = RankGroup("tp", tuple(range(ranks)))
+    inputs = make_inputs(group, 33, 512, torch.bfloat16, 1)
+
+    def error(addends):
+        total = addends[0].clone()
+        for addend in addends[1:]:
+            total += addend
+        normed, total = add_gemma_rms_norm(total, inputs.residual.clone(), inputs.weight, 1e-5)
+        return error_of(inputs, total, normed)
+
+    assert 0.002 < error(inputs.every) < TOLERANCE / 3
+    assert error(inputs.every[1:]) > 10 * TOLERANCE
+
+
+@pytest.mark.parametrize("error", [0.3, math.nan, math.inf])
+def test_what_is_wrong_is_not_timed(error, monkeypatch):
+    monkeypatch.setattr(fused_ops, "_slowest", lambda values: tuple(values))
+    assert fused_ops._checked("triton one-shot", 0.004) == 0.004
+    with pytest.raises(sm.ConfigError, match=r"triton one-shot: .* off by .*: not timed"):
+        fused_ops._checked("triton one-shot", error)
+
+
+class Revived:
+    """Ranks of which one was lost, and that then give these errors."""
+
+    def __init__(self, *errors):
+        self.errors = errors
+
+    def run(self, fn, name, tokens, hidden_size, how="", mark="", timeout=0.0):
+        if how:
+            raise sm.RankTimeout("made up", waiting={0: "all_reduce"})
+        return list(self.errors)
+
+
+def test_a_wrong_sum_after_a_loss_is_refused():
+    known = recovery.Loss("unfused", "absent")
+    assert recovery._lose(Revived(0.004, 0.004), known, 3, 8).ended.startswith("RankTimeout")
+    with pytest.raises(RuntimeError, match=r"the next sum was off by 0.004, nan"):
+        recovery._lose(Revived(0.004, math.nan), known, 3, 8)
 
 
 def test_the_floor_is_the_ring_s_share_over_the_link():
