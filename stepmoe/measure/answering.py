@@ -6,7 +6,6 @@ import time
 from dataclasses import dataclass
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 
 from stepmoe.causal_lm import Step3p5ForCausalLM
@@ -45,13 +44,13 @@ def answer(
         desc: shown before the bar.
 
     Returns:
-        (questions, max_new_tokens) int64 on the CPU, filled up with the end of sequence.
+        (questions, max_new_tokens) int64 on the CPU, filled up with the token that ended it.
     """
-    length, fill = prompts.shape[1], (*model.config.eos_token_ids, 0)[0]
-    found = []
+    length, found = prompts.shape[1], []
     for batch in progress(prompts.split(batch_size), desc=desc):
         new = model.generate(batch, max_new_tokens)[:, length:].cpu()
-        found.append(F.pad(new, (0, max_new_tokens - new.shape[1]), value=fill))
+        # A batch stops early when all its sequences have ended: its last column holds their ends.
+        found.append(torch.cat((new, new[:, -1:].expand(-1, max_new_tokens - new.shape[1])), dim=1))
     return torch.cat(found)
 
 

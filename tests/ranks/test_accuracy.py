@@ -43,7 +43,7 @@ def completions_of_the_oracle(prompts):
             if int(new) in CONFIG.eos_token_ids:
                 break
         rows.append(ids[0, prompts.shape[1] :].tolist())
-    return [row + [CONFIG.eos_token_ids[0]] * (NEW - len(row)) for row in rows]
+    return [row + [row[-1]] * (NEW - len(row)) for row in rows]
 
 
 def answers_here(config, variant, parallel, prompts, batch_size):
