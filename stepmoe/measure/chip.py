@@ -7,6 +7,7 @@ from collections.abc import Callable
 
 import torch
 
+from stepmoe.measure.clock import seconds_of
 from stepmoe.roofline import Chip
 
 _SIDE = 8192  # of the matrices: 1.1 TFLOP a product
@@ -30,14 +31,6 @@ def measure_chip(device: torch.device) -> Chip:
 
 
 def _median(run: Callable[[], object], device: torch.device) -> float:
-    """Seconds of one call, between CUDA events."""
-    times = []
-    for repeat in range(-3, _REPEATS):
-        begin, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
-        begin.record()
-        run()
-        end.record()
-        torch.cuda.synchronize(device)
-        if repeat >= 0:
-            times.append(begin.elapsed_time(end) / 1e3)
-    return statistics.median(times)
+    """Seconds of one call, after three that do not count."""
+    times = [seconds_of(run, device) for _ in range(3 + _REPEATS)]
+    return statistics.median(times[3:])

@@ -7,6 +7,8 @@ from collections.abc import Callable, Iterator
 
 import torch
 
+from stepmoe.measure.clock import seconds_of
+
 _REPEATS = 11
 
 
@@ -15,6 +17,7 @@ class Flush:
 
     def __init__(self, device: torch.device) -> None:
         size = 2 * torch.cuda.get_device_properties(device).L2_cache_size
+        self._device = device
         self._other = torch.empty(size, dtype=torch.uint8, device=device)
 
     def median(self, run: Callable[[], object]) -> float:
@@ -25,12 +28,7 @@ class Flush:
     def _times(self, run: Callable[[], object]) -> Iterator[float]:
         for _ in range(_REPEATS):
             self._other.zero_()
-            begin, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
-            begin.record()
-            run()
-            end.record()
-            end.synchronize()
-            yield begin.elapsed_time(end) / 1e3
+            yield seconds_of(run, self._device)
 
 
 def graph_of(run: Callable[[], object]) -> Callable[[], object]:

@@ -10,7 +10,6 @@ from __future__ import annotations
 
 import math
 import statistics
-import time
 from collections.abc import Callable, Sequence
 from contextlib import nullcontext
 from dataclasses import dataclass
@@ -26,6 +25,7 @@ from stepmoe.comm.fusion.vote import find_place
 from stepmoe.comm.groups import build_groups, meet, world_size
 from stepmoe.errors import ConfigError
 from stepmoe.launch import rank_device
+from stepmoe.measure.clock import seconds_of
 from stepmoe.measure.fused_calls import (
     ALONE,
     IMPLEMENTATIONS,
@@ -140,7 +140,7 @@ def _time_size(
         for name, replay in replays.items():
             inputs.fill()
             meet(comm.group, inputs.residual.device)
-            seconds = _time(replay, inputs.residual.device)
+            seconds = seconds_of(replay, inputs.residual.device)
             if number >= 3:  # the first rounds warm up
                 times[name].append(seconds / calls * 1e6)
     return [
@@ -175,19 +175,6 @@ def _captured(calls: Callable[[], None]) -> Callable[[], None]:
     with torch.cuda.graph(graph):
         calls()
     return graph.replay
-
-
-def _time(replay: Callable[[], None], device: torch.device) -> float:
-    if device.type == "cpu":
-        start = time.perf_counter()
-        replay()
-        return time.perf_counter() - start
-    begin, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
-    begin.record()
-    replay()
-    end.record()
-    end.synchronize()
-    return begin.elapsed_time(end) / 1e3
 
 
 def _slowest(values: list[float]) -> tuple[float, ...]:

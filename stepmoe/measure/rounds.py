@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import statistics
 import sys
-import time
 from collections.abc import Callable
 from dataclasses import dataclass, field
 
@@ -15,6 +14,7 @@ from stepmoe.causal_lm import Step3p5ForCausalLM
 from stepmoe.comm.groups import RankGroup, meet
 from stepmoe.comm.ledger import Entry, Ledger, record, split_waiting
 from stepmoe.launch import progress, rank_device
+from stepmoe.measure.clock import seconds_of
 from stepmoe.measure.environment import Place, look_around
 from stepmoe.measure.plan import Case, Plan
 from stepmoe.model.kv_cache import KVCache
@@ -203,23 +203,11 @@ def steps_of(models: dict[str, Step3p5ForCausalLM], inputs: Inputs, turn: int) -
 
 
 def time_call(run: Callable[[], object], device: torch.device, group: RankGroup) -> float:
-    """Seconds this rank spends in `run`, which all ranks of the group begin together.
-
-    On a GPU between two CUDA events, launching included where the GPU has to wait for it.
-    """
-    if device.type == "cuda":
-        begin, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
-        meet(group, device)
-        torch.cuda.synchronize(device)
-        begin.record()
-        run()
-        end.record()
-        end.synchronize()
-        return begin.elapsed_time(end) / 1e3
+    """Seconds this rank spends in `run`, which all ranks of the group begin together."""
     meet(group, device)
-    start = time.perf_counter()
-    run()
-    return time.perf_counter() - start
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)
+    return seconds_of(run, device)
 
 
 def split_call(
