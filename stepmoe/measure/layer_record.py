@@ -1,12 +1,15 @@
-"""A measured layer as plain data, for a file."""
+"""A measured layer as plain data, for a file, and the table that such a file makes."""
 
 from __future__ import annotations
 
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from stepmoe.measure.layer_floor import LayerTime
 from stepmoe.measure.operations import unavoidable_bytes
 from stepmoe.roofline import Chip
+
+if TYPE_CHECKING:
+    import pandas as pd
 
 
 def layer_record(attention: str, layer: LayerTime, chip: Chip) -> dict[str, Any]:
@@ -43,3 +46,24 @@ def layer_record(attention: str, layer: LayerTime, chip: Chip) -> dict[str, Any]
             for row in layer.operations
         ],
     }
+
+
+def layer_table(record: dict[str, Any]) -> pd.DataFrame:
+    """What `python -m stepmoe layer-floor --json` wrote: a row an operation, a column a step.
+
+    An entry reads "time / floor = ratio", in us; without the ratio where the floor is below 0.1 us.
+    """
+    import pandas as pd
+
+    columns = {}
+    for layer in sorted(record["layers"], key=lambda each: (each["phase"], each["batch"])):
+        step = (f"{layer['phase']} {layer['batch']} x {layer['length']}", layer["attention"])
+        rows = {row["operation"]: row for row in layer["operations"]} | {"whole layer": layer}
+        columns[step] = {name: _entry(row) for name, row in rows.items()}
+    return pd.DataFrame(columns)
+
+
+def _entry(row: dict[str, Any]) -> str:
+    took, least = row["seconds"] * 1e6, row["floor"] * 1e6
+    floor = f"{least:,.0f}" if least >= 100 else f"{least:#.3g}"
+    return f"{took:,.0f} / {floor}" + (f" = {row['ratio']:.2f}" if least >= 0.1 else "")

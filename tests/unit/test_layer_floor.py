@@ -10,7 +10,7 @@ import stepmoe as sm
 from stepmoe.__main__ import main
 from stepmoe.measure.kernel_times import kernels_of
 from stepmoe.measure.layer_floor import LayerTime, OperationTime
-from stepmoe.measure.layer_record import layer_record
+from stepmoe.measure.layer_record import layer_record, layer_table
 from stepmoe.measure.operations import RANGES, Work, operations, unavoidable_bytes
 from stepmoe.model.experts import RoutedExperts
 from stepmoe.model.mlp import GatedMLP
@@ -161,6 +161,12 @@ def test_a_layer_in_a_file_says_how_near_the_floor_it_is():
     add_norm = record["operations"][0]
     assert add_norm["bound"] == "memory"
     assert add_norm["bandwidth_fraction"] == pytest.approx(0.5)
+    table = layer_table({"layers": [record]})
+    assert table.columns.tolist() == [("prefill 2 x 8192", "full")]
+    assert table.index.tolist() == [*(row.needs.name for row in rows), "whole layer"]
+    least = f"{rows[0].needs.floor(H100) * 1e6:,.0f}"
+    assert table.iloc[0, 0].endswith(f" / {least} = 2.00")
+    assert table.iloc[-1, 0].startswith("8,000 / ")
 
 
 @pytest.mark.parametrize(
