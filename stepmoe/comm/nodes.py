@@ -34,12 +34,7 @@ class Nodes:
         Raises:
             ConfigError: several nodes of which one is not full.
         """
-        if ranks > self.per_node and ranks % self.per_node:
-            raise ConfigError(
-                f"{ranks} ranks do not fill nodes of {self.per_node}: the ranks per node must "
-                "divide the ranks"
-            )
-        return max(1, ranks // self.per_node)
+        return 1 if ranks <= self.per_node else _full_nodes(ranks, self.per_node)
 
 
 def flat_time(
@@ -99,12 +94,8 @@ def hierarchical_time(
         link: within a node; outer: between nodes, one rank's share.
         algorithm: within a node; between nodes it is a ring.
     """
-    if ranks_per_node < 1 or ranks % ranks_per_node:
-        raise ConfigError(
-            f"{ranks} ranks do not fill nodes of {ranks_per_node}: the ranks per node must divide "
-            "the ranks"
-        )
-    across = collective_time(operation, nbytes / ranks_per_node, ranks // ranks_per_node, outer)
+    nodes = _full_nodes(ranks, ranks_per_node)
+    across = collective_time(operation, nbytes / ranks_per_node, nodes, outer)
     if operation != "all_reduce":
         return collective_time(operation, nbytes, ranks_per_node, link, algorithm) + across
     halves = ("reduce_scatter", "all_gather")
@@ -125,3 +116,13 @@ def time_over_nodes(
         (hierarchical_time(operation, nbytes, ranks, m, link, outer, algorithm), "hierarchical"),
         (flat_time(operation, nbytes, ranks, m, link, outer, ports=m), "rings"),
     )
+
+
+def _full_nodes(ranks: int, per_node: int) -> int:
+    """How many nodes the ranks fill; ConfigError if one is not full."""
+    if per_node < 1 or ranks % per_node:
+        raise ConfigError(
+            f"{ranks} ranks do not fill nodes of {per_node}: the ranks per node must divide the "
+            "ranks"
+        )
+    return ranks // per_node

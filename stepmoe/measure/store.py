@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import json
 import math
+from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -46,10 +47,7 @@ def save(frame: pd.DataFrame, path: str | Path) -> None:
     file = Path(path)
     if not file.parent.is_dir():
         raise ConfigError(f"{file}: there is no folder {file.parent}; make it first")
-    rows = [
-        {name: None if _is_nan(value) else value for name, value in row.items()}
-        for row in frame.to_dict("records")
-    ]
+    rows = [without_nan(row) for row in frame.to_dict("records")]
     schema = json.loads(frame.head(0).to_json(orient="table", index=False))["schema"]
     content = {"format": FORMATS[kind], "attrs": frame.attrs, "schema": schema, "data": rows}
     file.write_text(json.dumps(content, indent=1, allow_nan=False) + "\n")
@@ -116,5 +114,9 @@ def check_frame(frame: pd.DataFrame, kind: str = "latency") -> pd.DataFrame:
     return frame
 
 
-def _is_nan(value: Any) -> bool:
-    return isinstance(value, float) and math.isnan(value)
+def without_nan(row: Mapping[Any, Any]) -> dict[Any, Any]:
+    """The row with None for each NaN, which JSON does not have."""
+    return {
+        name: None if isinstance(value, float) and math.isnan(value) else value
+        for name, value in row.items()
+    }

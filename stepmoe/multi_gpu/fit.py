@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -139,7 +139,7 @@ def step_terms(
     """
     given = given or Assumptions()
     config = _config_of(frame.attrs)
-    refitted = Assumptions(**{**vars(given), "link": fitted.link})
+    refitted = replace(given, link=fitted.link)
     terms = []
     for row in frame[frame["phase"] == "prefill"].to_dict("records"):
         name = row["variant"]

@@ -18,6 +18,7 @@ from stepmoe.launch import Ranks
 from stepmoe.launch.rank import DEVICES, check_device
 from stepmoe.measure.environment import Place, provenance
 from stepmoe.measure.recovery import Loss, measure_recovery
+from stepmoe.measure.store import without_nan
 
 FORMAT = "stepmoe recovery 1"
 _RANKS = 2  # the fewest of which one can be lost
@@ -109,11 +110,5 @@ def _with_provenance(
         "format": FORMAT,
         **provenance(places),
         "command": command.command_line("recovery", options),
-        "rows": [
-            {
-                name: None if isinstance(value, float) and math.isnan(value) else value
-                for name, value in asdict(loss).items()
-            }
-            for loss in losses
-        ],
+        "rows": [without_nan(asdict(loss)) for loss in losses],
     }
