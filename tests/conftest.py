@@ -7,6 +7,7 @@ import datetime
 import json
 import os
 import platform
+import re
 import shlex
 import shutil
 from collections import Counter
@@ -36,12 +37,18 @@ def pytest_addoption(parser: pytest.Parser) -> None:
 
 @pytest.hookimpl(optionalhook=True)
 def pytest_xdist_make_scheduler(config: pytest.Config, log: Any) -> Any:
-    """With several test processes, one runs all tests that start ranks; the others share files."""
+    """With several test processes, one runs all tests that start ranks; the others share files.
+
+    Of a cuda test's file each team of ranks is its own, so that teams of 2, 4 and 8 run at once.
+    """
     from xdist.scheduler import LoadScopeScheduling
 
     class Scheduling(LoadScopeScheduling):
         def _split_scope(self, nodeid: str) -> str:
-            return "ranks" if nodeid.startswith(WITH_RANKS) else nodeid.partition("::")[0]
+            if nodeid.startswith(WITH_RANKS):
+                return "ranks"
+            team = re.search(r"\btp[248]\b", nodeid) if nodeid.startswith("tests/cuda/") else None
+            return nodeid.partition("::")[0] + (team.group() if team else "")
 
     return Scheduling(config, log)
 
