@@ -22,7 +22,6 @@ from stepmoe.parallel import TensorLayout
 _LAYER = re.compile(r"model\.layers\.(\d+)\.")
 _DTYPES = ("BF16", "F16", "F32", "F64")  # safetensors' names
 _FP8 = "F8_E4M3"
-_SCALE = "_scale_inv"  # what a published FP8 weight's name is followed by in that of its scales
 _PIECE = 2**24  # numbers that are read at once: 64 MiB in float32
 
 
@@ -112,7 +111,7 @@ class Checkpoint:
             layer = _LAYER.match(name)
             if layer and int(layer[1]) >= num_layers:
                 continue
-            weight = name.removesuffix(_SCALE)
+            weight = name.removesuffix(fp8.SCALE)
             if weight in layouts and weight != name and self._kind(weight) == _FP8:
                 continue
             why = (
@@ -130,11 +129,11 @@ class Checkpoint:
         if found != shape:
             raise CheckpointError(f"{where} has shape {found}, config.json implies {shape}")
         if kind == _FP8:
-            if name + _SCALE not in self._file_of:
+            if name + fp8.SCALE not in self._file_of:
                 raise CheckpointError(
-                    f"{where} is FP8, and its scales, tensor {name + _SCALE}, are missing"
+                    f"{where} is FP8, and its scales, tensor {name + fp8.SCALE}, are missing"
                 )
-            self._expect_tensor(name + _SCALE, fp8.scale_shape(shape))
+            self._expect_tensor(name + fp8.SCALE, fp8.scale_shape(shape))
         elif kind not in _DTYPES:
             raise CheckpointError(
                 f"{where} is {kind}: expected one of {', '.join(_DTYPES)}, or {_FP8} with scales"
@@ -165,7 +164,7 @@ class Checkpoint:
         device = target.weight.device
         for begin, slices in fp8.pieces(layout.slices, _PIECE):
             if self._kind(name) == _FP8:
-                scale = self._read(name + _SCALE, fp8.scale_slices(slices)).to(device)
+                scale = self._read(name + fp8.SCALE, fp8.scale_slices(slices)).to(device)
                 fp8.keep(target, begin, self._read(name, slices).to(device), scale, slices)
             else:
                 values = self._read(name, fp8.hull(slices, layout.shape)).to(device)
@@ -176,7 +175,7 @@ class Checkpoint:
         weight = self._read(name, slices)
         if self._kind(name) != _FP8:
             return weight
-        scale = self._read(name + _SCALE, fp8.scale_slices(slices))
+        scale = self._read(name + fp8.SCALE, fp8.scale_slices(slices))
         return fp8.dequantise(weight.to(like.device), scale.to(like.device), slices)
 
     def _read(self, name: str, slices: tuple[slice, ...]) -> Tensor:

@@ -1,39 +1,102 @@
-"""Write a model in the published layout: one safetensors file and its config.json."""
+"""Write a model in the published layout: config.json and safetensors, one file or an index."""
 
 from __future__ import annotations
 
 import json
+import math
+from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 from safetensors.torch import save_file
+from torch import Tensor
 
+from stepmoe.assembly import Assembly
 from stepmoe.causal_lm import Step3p5ForCausalLM
+from stepmoe.comm.handover import meet_all
 from stepmoe.errors import CheckpointError
-from stepmoe.model.merged import published_views
-from stepmoe.published_config import publish
+from stepmoe.hub import INDEX, SINGLE
+from stepmoe.kernels.block_scale import FP8
+from stepmoe.published_config import publish, publish_fp8
+
+_FILE_BYTES = 5_000_000_000  # of one file, unless a single tensor takes more
 
 
 def save_pretrained(model: Step3p5ForCausalLM, folder: str | Path) -> None:
-    """Write config.json and model.safetensors, which `from_pretrained` reads.
+    """Write config.json and safetensors, which `from_pretrained` reads on any layout of ranks.
 
-    Weights keep the dtype they have in the model. The folder is made if it does not exist; files of
-    these names in it are overwritten.
+    Weights keep the dtype they have in the model; those in FP8 keep numbers and scales, to the last
+    bit. The folder is made if it does not exist. A model in it is overwritten, and until the new
+    one is complete there is none that could be read.
+
+    Every rank calls this together, and none returns before the files are there. The first one
+    writes: it needs memory for one file, 5 GB, or one tensor. The others send it their slices, in
+    a torch.distributed job that carries CPU tensors, as `Ranks` and `init_distributed` make it.
 
     Raises:
-        CheckpointError: the model is one rank's share of several, so that no process has it whole.
+        CheckpointError: `folder` is a file; the model is a simulated rank, whose peers do not
+            exist; or FP8 weights were changed, so that a block has several scales.
     """
-    if model.parallel.tp > 1:
+    path, parallel, group = Path(folder), model.parallel, model.groups["tp"]
+    if parallel.simulate_rank is not None:
         raise CheckpointError(
-            f"this model is one rank's share of tp={model.parallel.tp}: save it where it was made "
-            "with ParallelConfig(tp=1)"
+            f"this model is one rank's share of tp={parallel.tp}, simulated alone: save it from "
+            f"{parallel.tp} ranks, or where it was made with ParallelConfig(tp=1)"
         )
-    path = Path(folder)
+    if path.exists() and not path.is_dir():
+        raise CheckpointError(f"{path} is a file: give a folder to write the model to")
+    assembly = Assembly(model)
+    if group.ranks[0] == 0:  # with more ranks than tp, the others hold the same model again
+        if group.index == 0:
+            _write(path, _published_config(model, assembly), assembly)
+        else:
+            assembly.hand_over()
+    meet_all()
+
+
+def _write(path: Path, config: dict[str, Any], assembly: Assembly) -> None:
     path.mkdir(parents=True, exist_ok=True)
+    for old in (INDEX, SINGLE):  # the reader would take an old index before a new single file
+        (path / old).unlink(missing_ok=True)
+    _write_json(path / "config.json", config)
+    files = list(_files(assembly))
+    weight_map: dict[str, str] = {}
+    for number, names in enumerate(files, start=1):
+        file = SINGLE if len(files) == 1 else f"model-{number:05}-of-{len(files):05}.safetensors"
+        tensors: dict[str, Tensor] = {}
+        for name in names:
+            tensors |= assembly.whole(name)
+        save_file(tensors, path / file, metadata={"format": "pt"})
+        weight_map |= dict.fromkeys(tensors, file)
+    if len(files) > 1:
+        _write_json(path / INDEX, {"metadata": {}, "weight_map": weight_map})
+
+
+def _published_config(model: Step3p5ForCausalLM, assembly: Assembly) -> dict[str, Any]:
     dtype = str(model.lm_head.weight.dtype).removeprefix("torch.")
     published = publish(model.config.replace(torch_dtype=dtype))
-    (path / "config.json").write_text(json.dumps(published, indent=1) + "\n", encoding="utf-8")
-    # A view of a merged weight shares its memory with the others, which safetensors refuses.
-    tensors = {
-        name: view.cpu().contiguous().clone() for name, view in published_views(model).items()
-    }
-    save_file(tensors, path / "model.safetensors", metadata={"format": "pt"})
+    if model.quantization is not None:
+        published["quantization_config"] = publish_fp8(
+            name
+            for name, shape in assembly.shapes.items()
+            if len(shape) == 2 and assembly.dtype(name) is not FP8 and "embed_tokens" not in name
+        )
+    return published
+
+
+def _files(assembly: Assembly) -> Iterator[list[str]]:
+    """The names of the tensors of each file."""
+    names: list[str] = []
+    size = 0
+    for name, shape in assembly.shapes.items():
+        more = math.prod(shape) * assembly.dtype(name).itemsize
+        if names and size + more > _FILE_BYTES:
+            yield names
+            names, size = [], 0
+        names.append(name)
+        size += more
+    yield names
+
+
+def _write_json(file: Path, content: dict[str, Any]) -> None:
+    file.write_text(json.dumps(content, indent=1) + "\n", encoding="utf-8")

@@ -2,7 +2,7 @@
 
 A weight (..., R, C) comes with weight_scale_inv (..., ceil(R / 128), ceil(C / 128)): each 128 x 128
 block of the last two dims, smaller at the edges, is to be multiplied by its entry. Slices of it are
-multiplied out, or kept as they are in a model that computes in FP8.
+multiplied out, or kept as they are in a model that computes in FP8 and given back to be written.
 """
 
 from __future__ import annotations
@@ -15,11 +15,14 @@ from typing import Literal
 import torch
 from torch import Tensor
 
+from stepmoe.errors import CheckpointError
 from stepmoe.kernels.block_scale import BLOCK, BlockScaled, quantise_blocks
 from stepmoe.kernels.fp8_grouped import grouped_kernel
 from stepmoe.kernels.fp8_linear import linear_kernel
 
 Quantization = Literal["fp8"] | None
+
+SCALE = "_scale_inv"  # what a published FP8 weight's name is followed by in that of its scales
 
 #: What the model's ledger says of weights that were published in FP8.
 DEQUANTISED = (
@@ -101,6 +104,37 @@ def keep(
     if len(slices) == 2:
         here = slice(begin // target.grain, begin // target.grain + len(rows))
     target.scale[here][..., : target.num_blocks] = spread
+
+
+def as_published(held: BlockScaled, slices: tuple[slice, ...], name: str) -> tuple[Tensor, Tensor]:
+    """What `keep` wrote into a weight that it filled: its numbers, and its blocks' scales.
+
+    Args:
+        slices: where the weight lies in the published one, whose name is for the error.
+
+    Returns:
+        (..., r, c) float8_e4m3fn and what `scale_slices(slices)` cuts out of the whole scales.
+
+    Raises:
+        CheckpointError: the rows of a block have several scales.
+    """
+    rows = torch.arange(slices[-2].start, slices[-2].stop, held.grain, device=held.scale.device)
+    blocks = rows // BLOCK - slices[-2].start // BLOCK
+    scale = held.scale[..., : held.num_blocks]
+    by_block = scale.index_select(-2, torch.searchsorted(blocks, blocks.unique()))
+    expect_same_scales(by_block.index_select(-2, blocks), scale, name)
+    return held.weight.narrow(-1, held.offset, held.columns), by_block
+
+
+def expect_same_scales(known: Tensor, scale: Tensor, name: str) -> None:
+    """Raise CheckpointError unless they are equal, wherever `known` is not NaN."""
+    if bool(((known != scale) & ~known.isnan()).any()):
+        raise CheckpointError(
+            f"tensor {name} is held in FP8 with several scales in one block of {BLOCK} x {BLOCK}, "
+            "where the published layout has one: its weights were changed after they were read. "
+            "Change and save a model made without quantization instead; "
+            "from_pretrained(..., quantization='fp8') quantises what it reads"
+        )
 
 
 def hull(slices: tuple[slice, ...], shape: tuple[int, ...]) -> tuple[slice, ...]:

@@ -5,6 +5,7 @@ Kept apart from config.py because it is the only place that knows the published 
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from dataclasses import asdict
 from typing import TYPE_CHECKING, Any
 
@@ -214,4 +215,18 @@ def publish(config: Step3p5Config) -> dict[str, Any]:
         "bos_token_id": config.bos_token_id,
         "eos_token_id": list(config.eos_token_ids) or None,
         "torch_dtype": config.torch_dtype,
+    }
+
+
+def publish_fp8(plain: Iterable[str]) -> dict[str, Any]:
+    """What config.json says, as quantization_config, of weights in FP8 blocks.
+
+    Args:
+        plain: the names of the weights ("lm_head.weight") of linear maps that are not in FP8.
+    """
+    return {
+        "quant_method": "fp8",
+        "activation_scheme": "dynamic",
+        "weight_block_size": [BLOCK, BLOCK],
+        "modules_to_not_convert": [name.removesuffix(".weight") for name in plain],
     }

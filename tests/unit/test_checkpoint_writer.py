@@ -51,6 +51,26 @@ def test_the_names_and_shapes_are_the_published_ones(tmp_path):
     assert found == {name: layout.shape for name, layout in layouts.items()}
 
 
+def test_a_model_in_several_files_and_another_in_its_place(tmp_path, monkeypatch):
+    config = sm.Step3p5Config.tiny()
+    first, second = (sm.Step3p5ForCausalLM.from_config(config, seed=seed) for seed in (1, 2))
+    ids = torch.randint(config.vocab_size, (2, 7))
+    with monkeypatch.context() as patched:
+        patched.setattr("stepmoe.checkpoint_writer._FILE_BYTES", 150_000)
+        save_pretrained(first, tmp_path)
+    assert len(list(tmp_path.glob("model-*-of-*.safetensors"))) > 3
+    assert torch.equal(sm.Step3p5ForCausalLM.from_pretrained(tmp_path)(ids), first(ids))
+    save_pretrained(second, tmp_path)
+    assert torch.equal(sm.Step3p5ForCausalLM.from_pretrained(tmp_path)(ids), second(ids))
+
+
+def test_a_file_is_no_folder(tmp_path):
+    (tmp_path / "x").write_text("")
+    model = sm.Step3p5ForCausalLM.from_config(sm.Step3p5Config.tiny())
+    with pytest.raises(sm.CheckpointError, match="x is a file: give a folder"):
+        save_pretrained(model, tmp_path / "x")
+
+
 def test_a_share_of_a_model_is_not_written(tmp_path):
     share = sm.Step3p5ForCausalLM.from_config(
         sm.Step3p5Config.tiny(), parallel=sm.ParallelConfig(2, simulate_rank=1)

@@ -111,6 +111,57 @@ def test_the_model_that_keeps_them_is_the_oracle_s(published):
     assert (logits - oracle.forward(CONFIG, exact, ids)["logits"]).abs().max() > 0.01
 
 
+def content(folder):
+    """Every tensor's dtype, shape and bytes."""
+    tensors = {n: t for file in folder.glob("*.safetensors") for n, t in load_file(file).items()}
+    return {
+        n: (t.dtype, t.shape, t.view(torch.uint8).numpy().tobytes()) for n, t in tensors.items()
+    }
+
+
+def test_what_was_kept_is_written_as_it_was_read(published, tmp_path):
+    """Several ranks: tests/ranks/test_save_on_ranks.py."""
+    folder, _ = published
+    kept = sm.Step3p5ForCausalLM.from_pretrained(folder, quantization="fp8")
+    save_pretrained(kept, tmp_path)
+    assert content(tmp_path) == content(folder)
+    written = json.loads((tmp_path / "config.json").read_text())["quantization_config"]
+    asked = json.loads((folder / "config.json").read_text())["quantization_config"]
+    assert written | asked == written
+    linear = {name for name, (_, shape, _) in content(folder).items() if len(shape) == 2}
+    plain = {
+        name.removesuffix(".weight") for name in linear if name.split(".")[-2] not in QUANTISED
+    }
+    assert set(written["modules_to_not_convert"]) == plain - {"model.embed_tokens"}
+    ids = torch.randint(256, (2, 7))
+    for quantization in ("fp8", None):
+        models = [
+            sm.Step3p5ForCausalLM.from_pretrained(path, quantization=quantization)
+            for path in (folder, tmp_path)
+        ]
+        first, second = (model.state_dict() for model in models)
+        assert first.keys() == second.keys()
+        for name, weight in first.items():
+            assert torch.equal(second[name].view(torch.uint8), weight.view(torch.uint8)), name
+        assert torch.equal(models[1](ids), models[0](ids))
+
+
+def test_a_model_quantised_here_is_written_as_it_is(tmp_path):
+    model = sm.Step3p5ForCausalLM.from_config(CONFIG, dtype=torch.float32, quantization="fp8")
+    save_pretrained(model, tmp_path)
+    again = sm.Step3p5ForCausalLM.from_pretrained(tmp_path, quantization="fp8")
+    for name, weight in model.state_dict().items():
+        assert torch.equal(again.state_dict()[name].view(torch.uint8), weight.view(torch.uint8))
+
+
+def test_a_block_with_several_scales_is_refused(tmp_path):
+    model = sm.Step3p5ForCausalLM.from_config(CONFIG, quantization="fp8")
+    name = "model.layers.3.moe.up_proj.weight"
+    weight_views(model)[name].scale[5, 200] *= 2  # a row of the second block of 128
+    with pytest.raises(sm.CheckpointError, match=f"{name} is held in FP8 with several scales"):
+        save_pretrained(model, tmp_path)
+
+
 def test_what_is_not_in_fp8_is_quantised_while_reading(published, tmp_path, monkeypatch):
     monkeypatch.setattr("stepmoe.checkpoint._PIECE", 3000)
     plain = sm.Step3p5ForCausalLM.from_config(CONFIG, dtype=torch.float32)

@@ -12,7 +12,6 @@ from oracle_fp8 import multiplied_out, quantise, quantised_activations, scaled_m
 import stepmoe as sm
 from stepmoe import fp8
 from stepmoe.__main__ import main
-from stepmoe.checkpoint_writer import save_pretrained
 from stepmoe.kernels.block_scale import BlockScaled, quantise_blocks, quantise_rows
 from stepmoe.mini import path as mini_path
 from stepmoe.model.fp8 import Fp8Linear
@@ -162,12 +161,6 @@ def test_the_same_random_model_however_it_is_cut():
 def test_an_unknown_way_to_hold_weights_is_named():
     with pytest.raises(sm.ConfigError, match="quantization='int4' is not known: use 'fp8'"):
         sm.Step3p5ForCausalLM.from_config(sm.Step3p5Config.tiny(), quantization="int4")
-
-
-def test_a_model_in_fp8_is_not_written(tmp_path):
-    model = sm.Step3p5ForCausalLM.from_config(sm.Step3p5Config.tiny(), quantization="fp8")
-    with pytest.raises(sm.ConfigError, match=r"q_proj\.weight is held in FP8"):
-        save_pretrained(model, tmp_path)
 
 
 def test_the_prefill_command_names_what_computed(tmp_path, capsys):
