@@ -22,7 +22,6 @@ from stepmoe.checks import (
 from stepmoe.comm.communicator import Communicator
 from stepmoe.comm.groups import build_groups, world_size
 from stepmoe.comm.ledger import note
-from stepmoe.comm.placement import Placed
 from stepmoe.config import Step3p5Config
 from stepmoe.errors import ConfigError
 from stepmoe.filling import Write, fill_weights
@@ -38,7 +37,7 @@ from stepmoe.model.quantise import hold_in_fp8
 from stepmoe.parallel import ParallelConfig, TensorLayout, tensor_layouts
 from stepmoe.random_weights import copy_into, draw_into
 from stepmoe.stack import DecoderStack
-from stepmoe.variants import DecoderLayer, Step, expect_boundary, layer_class
+from stepmoe.variants import DecoderLayer, layer_class
 
 Variant = str | type[DecoderLayer]
 
@@ -225,25 +224,8 @@ class Step3p5ForCausalLM(nn.Module):
         check_input(self.config, input_ids, cache)
         for remark in self.remarks:
             note(remark)
-        batch, length = input_ids.shape
-        step, own_rows = self._step(batch, length, cache, capture)
-        hidden_states = self._embed(input_ids.to(self.lm_head.weight.device), step, own_rows)
-        residual: Placed | None = None
-        for layer in self.model.decoder_layers:
-            hidden_states, residual = layer(hidden_states, residual, step)
-            expect_boundary(layer, hidden_states, residual)
-            if capture is not None and capture.wants(layer.index):
-                capture.record_layer(self.comm, layer.index, hidden_states, residual)
-        if cache is not None:
-            cache.advance(length)
-
-        last = self.model.decoder_layers[-1]
-        hidden_states, _ = last.add_norm(self.model.norm, last.flush(hidden_states), residual)
-        hidden_states.name, hidden_states.layer = "final_norm", None
-        if hidden_states.is_sharded:
-            hidden_states = self.comm.all_gather(hidden_states, "lm_head")
-        by_sequence = hidden_states.replicated("lm_head").tensor.view(batch, length, -1)
-        logits: Tensor = self.lm_head(by_sequence[:, -1:] if last_only else by_sequence)
+        hidden_states = self.model(input_ids.to(self.lm_head.weight.device), cache, capture)
+        logits: Tensor = self.lm_head(hidden_states[:, -1:] if last_only else hidden_states)
         return logits
 
     @torch.no_grad()
@@ -269,27 +251,3 @@ class Step3p5ForCausalLM(nn.Module):
                 "stepmoe.mini.trainer, whose training_logits(model, input_ids) records them"
             )
         return super().train(mode)
-
-    def _step(
-        self, batch: int, length: int, cache: KVCache | None, capture: Capture | None
-    ) -> tuple[Step, int]:
-        """What the layers need to know of this pass, and the sequences each rank holds (dp)."""
-        tp, index = self.comm.group.size, self.comm.group.index
-        rows_per_rank = -(-batch // tp)
-        if self.parallel.attention == "dp":
-            own = min(max(batch - index * rows_per_rank, 0), rows_per_rank)
-            tokens_per_rank = rows_per_rank * length
-        else:
-            own, tokens_per_rank = batch, -(-batch * length // tp)
-        if capture is not None:
-            capture.begin(batch, length, self.config.num_hidden_layers)
-        start = 0 if cache is None else cache.length
-        return Step(own, length, start, tokens_per_rank, cache, capture), rows_per_rank
-
-    def _embed(self, input_ids: Tensor, step: Step, rows_per_rank: int) -> Placed:
-        """Embedding of all tokens, or of this rank's own where the variant keeps tokens sharded."""
-        embedded = self.model.embed_tokens(input_ids.flatten())
-        whole = self.comm.replicated(embedded, "embed_tokens")
-        if self.parallel.attention == "dp" or self.layer_class.shards_residual:
-            return self.comm.keep_own_tokens(whole, step.tokens_per_rank)
-        return whole

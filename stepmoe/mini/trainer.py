@@ -13,11 +13,9 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from stepmoe.causal_lm import Step3p5ForCausalLM
-from stepmoe.comm.placement import Placed
 from stepmoe.mini.data import Batch
 from stepmoe.mini.load import RouterLoad
 from stepmoe.model.merged import published_views
-from stepmoe.variants import Step
 
 BIAS_SPEED = 1e-3  # of the router bias, a step: DeepSeek-V3's (arXiv:2412.19437, section 4.2)
 _OUTPUTS = ("o_proj.weight", "down_proj.weight")
@@ -42,16 +40,7 @@ def training_logits(model: Step3p5ForCausalLM, input_ids: Tensor) -> Tensor:
 
     `model(input_ids)` gives the same values without gradients.
     """
-    batch, length = input_ids.shape
-    step = Step(batch, length, start=0, tokens_per_rank=batch * length)
-    embedded = model.model.embed_tokens(input_ids.flatten())
-    hidden_states = model.comm.replicated(embedded, "embed_tokens")
-    residual: Placed | None = None
-    for layer in model.model.decoder_layers:
-        hidden_states, residual = layer(hidden_states, residual, step)
-    last = model.model.decoder_layers[-1]
-    normed, _ = last.add_norm(model.model.norm, last.flush(hidden_states), residual)
-    logits: Tensor = model.lm_head(normed.tensor)
+    logits: Tensor = model.lm_head(model.model(input_ids)).flatten(0, 1)
     return logits
 
 
