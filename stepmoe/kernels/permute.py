@@ -35,7 +35,7 @@ class RowOrder:
         return ends.clamp(0, count)
 
 
-@gpu_version("stepmoe.kernels.permute_gpu")
+@gpu_version("stepmoe.kernels.sort_by_expert_gpu")
 def sort_by_expert(topk_ids: Tensor, first_expert: int, num_local: int) -> RowOrder:
     """Order the choices topk_ids (T, K) of the experts first_expert to first_expert + num_local."""
     local = topk_ids.flatten() - first_expert

@@ -109,13 +109,13 @@ def routed(data, device, max_tokens=150):
 @examples
 @given(data=st.data())
 def test_order_and_the_rows_there_and_back(device, data):
-    from stepmoe.kernels import permute_gpu
+    from stepmoe.kernels import permute_gpu, sort_by_expert_gpu
 
     ids, first, num_local = routed(data, device)
     expected = permute.sort_by_expert(ids.cpu(), first, num_local)
     few = data.draw(st.sampled_from([0, 2048]))  # both ways of sorting
-    with mock.patch.object(permute_gpu, "_FEW", few):
-        order = permute_gpu.sort_by_expert(ids, first, num_local)
+    with mock.patch.object(sort_by_expert_gpu, "_FEW", few):
+        order = sort_by_expert_gpu.sort_by_expert(ids, first, num_local)
     for field in dataclasses.fields(order):
         assert torch.equal(getattr(order, field.name).cpu(), getattr(expected, field.name))
 
