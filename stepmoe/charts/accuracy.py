@@ -14,9 +14,9 @@ from matplotlib.ticker import FuncFormatter, MaxNLocator
 from stepmoe.charts.panels import AXIS, HEAD, ROW, WIDTH, Grid, look_of_variant
 from stepmoe.charts.style import FAINT, INK, PAPER, new_figure, style
 from stepmoe.errors import ConfigError
-from stepmoe.measure.power import questions_needed_independent, questions_needed_paired
 from stepmoe.measure.report import provenance
-from stepmoe.measure.stats import Interval, Paired, wilson
+from stepmoe.measure.sample_size import questions_needed_independent, questions_needed_paired
+from stepmoe.measure.significance import Interval, Paired, wilson
 from stepmoe.measure.store import check_frame
 from stepmoe.published import Score
 

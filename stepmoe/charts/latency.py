@@ -31,7 +31,7 @@ from stepmoe.charts.style import FAINT, INK, PAPER, label_end
 from stepmoe.errors import ConfigError
 from stepmoe.measure.plan import BASELINE
 from stepmoe.measure.report import title_of, unit_for
-from stepmoe.measure.statistics import NO_DIFFERENCE
+from stepmoe.measure.speedup import NO_DIFFERENCE
 from stepmoe.measure.store import check_frame
 
 if TYPE_CHECKING:

@@ -6,8 +6,8 @@ from collections.abc import Callable
 from typing import Any
 
 from stepmoe.exercises.exercise import call, exercise, fresh, require
-from stepmoe.measure.power import POWER, questions_needed_independent
-from stepmoe.measure.stats import compare_paired
+from stepmoe.measure.sample_size import POWER, questions_needed_independent
+from stepmoe.measure.significance import compare_paired
 
 NOTEBOOK = "07_accuracy"
 

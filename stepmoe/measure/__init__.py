@@ -1,6 +1,7 @@
 """Measure: latency of the variants, accuracy of their answers, numerical error, and how sure it is.
 
-`stats` holds the statistics of accuracy, `power` how many questions they need.
+`significance` says how sure a difference of accuracies is, `sample_size` how many questions it
+takes to see one, `speedup` how sure it is that a variant is faster.
 """
 
 from stepmoe.measure.accuracy import compare_accuracy, outcomes_of, paired

@@ -15,8 +15,8 @@ from stepmoe.measure.answering import BATCH_SIZE, Answers, answer_here
 from stepmoe.measure.environment import attributes
 from stepmoe.measure.latency import check_world, ranks_in, run_everywhere
 from stepmoe.measure.plan import named_layers
+from stepmoe.measure.significance import Paired, compare_paired
 from stepmoe.measure.source import Source, config_of
-from stepmoe.measure.stats import Paired, compare_paired
 from stepmoe.measure.task import Outcomes, Task, word_problems
 from stepmoe.parallel import ParallelConfig
 from stepmoe.variants import VARIANTS, DecoderLayer
@@ -124,7 +124,7 @@ def paired(first: Any, second: Any) -> Paired:
         raise ConfigError(
             f"{first['variant']} and {second['variant']} were asked different questions "
             f"({first['questions']} and {second['questions']}): only the same can be paired. "
-            "Use stats.compare_independent"
+            "Use significance.compare_independent"
         )
     return compare_paired(outcomes_of(first).right, outcomes_of(second).right)
 

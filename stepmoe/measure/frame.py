@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from stepmoe.measure import statistics
+from stepmoe.measure import speedup
 from stepmoe.measure.environment import attributes
 from stepmoe.measure.plan import BASELINE, Plan
 from stepmoe.measure.rounds import CaseRecord, RankRecord
@@ -67,7 +67,7 @@ def _row(
         "bytes_sent": first.bytes_sent[name],
         "collectives": sum(first.counts[name].values()),
         "counts": first.counts[name],
-        **against_baseline(name, latency, statistics.speedup),
+        **against_baseline(name, latency, speedup.speedup),
         "repeats": len(latency[name]),
     }
 
@@ -91,14 +91,14 @@ def _split(ranks: Sequence[CaseRecord], name: str) -> dict[str, float]:
 def against_baseline(
     name: str,
     times: dict[str, list[float]],
-    compare: Callable[[Sequence[float], Sequence[float]], statistics.Speedup],
+    compare: Callable[[Sequence[float], Sequence[float]], speedup.Speedup],
 ) -> dict[str, object]:
     """The columns that compare a variant with three_all_reduces, by their times of each round."""
     nan = float("nan")
     if BASELINE not in times:
-        ratio, verdict = statistics.Speedup(nan, nan, nan), NO_BASELINE
+        ratio, verdict = speedup.Speedup(nan, nan, nan), NO_BASELINE
     elif name == BASELINE:
-        ratio, verdict = statistics.Speedup(1.0, 1.0, 1.0), BASELINE_VERDICT
+        ratio, verdict = speedup.Speedup(1.0, 1.0, 1.0), BASELINE_VERDICT
     else:
         ratio = compare(times[BASELINE], times[name])
         verdict = ratio.verdict
@@ -120,7 +120,7 @@ def _attributes(plan: Plan, records: list[RankRecord]) -> dict[str, object]:
         "command": _command(plan),
         "warmup": plan.warmup,
         "order": first.cases[0].order,
-        "method": statistics.METHOD,
+        "method": speedup.METHOD,
         "meeting": float(np.median([record.meeting for record in records])),
         "inputs": [
             {

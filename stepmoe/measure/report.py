@@ -6,7 +6,7 @@ from collections.abc import Iterable, Sequence
 from typing import TYPE_CHECKING, Any
 
 from stepmoe.measure.plan import BASELINE
-from stepmoe.measure.statistics import NO_DIFFERENCE
+from stepmoe.measure.speedup import NO_DIFFERENCE
 from stepmoe.measure.store import check_frame
 
 if TYPE_CHECKING:

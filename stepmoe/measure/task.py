@@ -12,7 +12,7 @@ from torch import Tensor
 
 from stepmoe.checks import whole_number
 from stepmoe.errors import ConfigError
-from stepmoe.measure.stats import Interval, wilson
+from stepmoe.measure.significance import Interval, wilson
 
 if TYPE_CHECKING:
     from stepmoe.mini.task import Question
@@ -80,7 +80,7 @@ class Outcomes:
 
     @property
     def right(self) -> list[bool]:
-        """Whether each question was answered rightly: for `stats.compare_paired`."""
+        """Whether each question was answered rightly: for `significance.compare_paired`."""
         return [mark == _RIGHT for mark in self.marks]
 
     @property

@@ -11,7 +11,7 @@ import torch
 
 from stepmoe.fp8 import Quantization
 from stepmoe.launch import Ranks
-from stepmoe.measure import statistics
+from stepmoe.measure import speedup
 from stepmoe.measure.environment import attributes
 from stepmoe.measure.frame import against_baseline, plain
 from stepmoe.measure.latency import check_world, ranks_in, run_everywhere
@@ -104,7 +104,7 @@ def compare_throughput(
                 other: _rounds(plan, same[0].phase, times[number])
                 for other, times in slowest.items()
             }
-            row |= against_baseline(name, rounds, statistics.gain)
+            row |= against_baseline(name, rounds, speedup.gain)
             row["memory"] = max(record.memory[name] for record in records)
             row["weights"] = max(record.weights for record in records)
             rows.append(row)
@@ -185,7 +185,7 @@ def _attributes(plan: ThroughputPlan, records: list[RankThroughput]) -> dict[str
         "layers": plain(plan.layers),
         "workload": plain(asdict(plan.workload)),
         "routing": {"asked": plan.routing, **_balance(plan, records)},
-        "method": statistics.GAIN_METHOD,
+        "method": speedup.GAIN_METHOD,
         "notes": list(dict.fromkeys(note for record in records for note in record.notes)),
     }
 

@@ -41,7 +41,7 @@ class Workload:
         warmup: batches before them that are not timed.
         decode: batch sizes at which decode steps are timed apart, each sequence after `context`
             tokens; decode_steps of each. 100, like the steps of 200 prompts, because with fewer
-            rounds variants that are equal too often seem different (measure.statistics.gain).
+            rounds variants that are equal too often seem different (measure.speedup.gain).
     """
 
     input_len: int = 8192

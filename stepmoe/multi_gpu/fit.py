@@ -12,7 +12,7 @@ import numpy as np
 from stepmoe.comm.cost import Link, collective_time, fit
 from stepmoe.config import Step3p5Config
 from stepmoe.errors import ConfigError
-from stepmoe.measure.statistics import CONFIDENCE
+from stepmoe.measure.speedup import CONFIDENCE
 from stepmoe.predict import Assumptions, Compute, predict
 
 if TYPE_CHECKING:

@@ -10,8 +10,8 @@ from test_charts import check_legible, words
 import stepmoe as sm
 from stepmoe import charts, published
 from stepmoe.comm.summation import ORDERS
-from stepmoe.measure.power import questions_needed_paired
-from stepmoe.measure.stats import paired_from_counts, wilson
+from stepmoe.measure.sample_size import questions_needed_paired
+from stepmoe.measure.significance import paired_from_counts, wilson
 from stepmoe.measure.task import Outcomes
 
 ATTRS = {

@@ -17,7 +17,7 @@ from stepmoe.measure.frame import build_frame
 from stepmoe.measure.plan import Plan
 from stepmoe.measure.report import provenance, table, where
 from stepmoe.measure.rounds import CaseRecord, RankRecord, Split
-from stepmoe.measure.statistics import NO_DIFFERENCE
+from stepmoe.measure.speedup import NO_DIFFERENCE
 from stepmoe.measure.timeline import Profile
 from stepmoe.measure.traces import Event, events_of, merged
 

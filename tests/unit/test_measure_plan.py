@@ -14,7 +14,7 @@ import stepmoe as sm
 from stepmoe.measure.environment import cpu_model, last_level_cache, look_around, provenance
 from stepmoe.measure.plan import Case, Plan
 from stepmoe.measure.rounds import build_models, copy_of, make_inputs, steps_of
-from stepmoe.measure.statistics import NO_DIFFERENCE, gain, interval_of_median, speedup
+from stepmoe.measure.speedup import NO_DIFFERENCE, gain, interval_of_median, speedup
 from stepmoe.variants import DeferredLayer
 
 TINY = sm.Step3p5Config.tiny()

@@ -1,10 +1,10 @@
-"""What an accuracy can and cannot say: intervals and tests. How many questions: see `power`.
+"""What an accuracy can and cannot say: intervals and tests. How many questions: `sample_size`.
 
 Two runs on the same questions are *paired*: what tells them apart are the questions that one got
 right and the other wrong. Two runs on questions of their own, or whose answers were not kept, are
 *independent*: each carries the whole sampling error of its questions.
 
-The formulae are statsmodels'; imported late, because only this module and `power` need it.
+The formulae are statsmodels'; imported late, because only this module and `sample_size` need it.
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ from typing import Any
 import numpy as np
 
 from stepmoe.errors import ConfigError
-from stepmoe.measure.statistics import CONFIDENCE, NO_DIFFERENCE
+from stepmoe.measure.speedup import CONFIDENCE, NO_DIFFERENCE
 
 ALPHA = 1 - CONFIDENCE
 

@@ -1,7 +1,7 @@
 """How many questions a test needs to see a difference of accuracies, and how often it sees one.
 
-For the two tests of `stats`: of independent runs, and of runs paired question by question. The
-formulae are statsmodels' and scipy's; imported late.
+For the two tests of `significance`: of independent runs, and of runs paired question by question.
+The formulae are statsmodels' and scipy's; imported late.
 """
 
 from __future__ import annotations
@@ -9,7 +9,7 @@ from __future__ import annotations
 import numpy as np
 
 from stepmoe.errors import ConfigError
-from stepmoe.measure.stats import ALPHA
+from stepmoe.measure.significance import ALPHA
 
 POWER = 0.8  # how often a test shall see the difference that it was planned for
 _MOST_QUESTIONS = 10**9
