@@ -4,16 +4,18 @@ from __future__ import annotations
 
 import argparse
 from functools import partial
-from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from stepmoe import command, mini
 from stepmoe.checks import check_dtype
+from stepmoe.command_checks import check_weights
+from stepmoe.hub import locate
 from stepmoe.measure import compare_accuracy, save, word_problems
 from stepmoe.measure.accuracy import check_setting
 from stepmoe.measure.answering import BATCH_SIZE
 from stepmoe.measure.report import accuracy_table
 from stepmoe.measure.source import config_of
+from stepmoe.mini.task import HELDOUT_QUESTIONS
 
 if TYPE_CHECKING:
     import pandas as pd
@@ -30,21 +32,24 @@ def register(subparsers: argparse._SubParsersAction[argparse.ArgumentParser]) ->
         "Alone it starts its own ranks; under torchrun it uses torchrun's.",
     )
     add = parser.add_argument
-    add("--questions", type=int, help="the first so many (default: all 1319)")
-    add("--batch-size", type=int, default=BATCH_SIZE, help=f"default: {BATCH_SIZE}")
-    add("--model", type=Path, metavar="FOLDER", help="its checkpoint (default: the one shipped)")
+    many = f"ask only the first N (default: all {HELDOUT_QUESTIONS})"
+    add("--questions", type=int, metavar="N", help=many)
+    together = f"questions answered together (default: {BATCH_SIZE})"
+    add("--batch-size", type=int, default=BATCH_SIZE, metavar="N", help=together)
+    other = "a checkpoint's folder or name on the hub (default: the mini model in this package)"
+    add("--model", help=other)
     command.add_arguments(parser, _RANKS, "the checkpoint's")
     parser.set_defaults(run=_run)
 
 
 def _run(args: argparse.Namespace) -> int:
     checked, give = partial(_checked, args), partial(_give, args)
-    return command.carry_out("accuracy", args, checked, compare_accuracy, give)
+    return command.carry_out(args, checked, compare_accuracy, give)
 
 
 def _checked(args: argparse.Namespace) -> dict[str, Any]:
     """The arguments of compare_accuracy; ConfigError for what is wrong before any rank starts."""
-    source = args.model or mini.path()
+    source = locate(args.model) if args.model else mini.path()
     arguments = {
         "variants": command.variants_of(args),
         "task": word_problems(args.questions),
@@ -54,6 +59,7 @@ def _checked(args: argparse.Namespace) -> dict[str, Any]:
         "batch_size": args.batch_size,
     }
     check_setting(**arguments)
+    check_weights(source)
     return {**arguments, "timeout": args.timeout}
 
 
@@ -65,7 +71,7 @@ def _give(args: argparse.Namespace, arguments: dict[str, Any], frame: pd.DataFra
         "batch-size": [args.batch_size],
     }
     if args.model:
-        options["model"] = [args.model]
+        options["model"] = [command.shown_folder(args.model)]
     frame.attrs["command"] = command.command_line("accuracy", options)
     print(accuracy_table(frame))
     if args.json:

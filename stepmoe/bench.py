@@ -11,7 +11,7 @@ import torch
 from stepmoe import command
 from stepmoe.command_checks import check_memory
 from stepmoe.measure import compare_latency, save, table
-from stepmoe.measure.plan import PHASES, Plan
+from stepmoe.measure.plan import FEWEST_ROUNDS, PHASES, Plan
 from stepmoe.measure.source import config_of
 
 if TYPE_CHECKING:
@@ -32,18 +32,28 @@ def register(subparsers: argparse._SubParsersAction[argparse.ArgumentParser]) ->
     command.add_arguments(parser, _RANKS, "the shape's own")
     add = parser.add_argument
     tokens = [1, 64, 1024]
-    words = f"tokens a step (default: {' '.join(map(str, tokens))})"
+    words = (
+        "new tokens of a step: of one sequence in a prefill, one of each sequence in a decode step "
+        f"(default: {' '.join(map(str, tokens))})"
+    )
     add("--tokens", nargs="+", type=int, default=tokens, metavar="N", help=words)
-    add("--phase", nargs="+", default=list(PHASES), choices=PHASES)
-    add("--repeats", type=int, default=20, help="timed rounds, at least 6 (default: 20)")
-    add("--warmup", type=int, default=3, help="rounds before them (default: 3)")
-    add("--seed", type=int, default=0)
+    add(
+        "--phase",
+        nargs="+",
+        default=list(PHASES),
+        choices=PHASES,
+        help="which steps (default: both)",
+    )
+    rounds = f"timed rounds, at least {FEWEST_ROUNDS}; a round runs each variant once (default: 20)"
+    add("--repeats", type=int, default=20, metavar="N", help=rounds)
+    add("--warmup", type=int, default=3, metavar="N", help="rounds before them (default: 3)")
+    add("--seed", type=int, default=0, metavar="N", help="of weights and tokens (default: 0)")
     parser.set_defaults(run=_run)
 
 
 def _run(args: argparse.Namespace) -> int:
     checked, give = partial(_checked, args), partial(_give, args)
-    return command.carry_out("bench", args, checked, compare_latency, give)
+    return command.carry_out(args, checked, compare_latency, give)
 
 
 def _checked(args: argparse.Namespace) -> dict[str, Any]:

@@ -1,17 +1,38 @@
-"""What a command refuses because of this machine: too little memory, no place to write."""
+"""What a command refuses because of where it runs: too little memory, no place to write, no weights
+where they should be, a package that is missing, torchrun where it starts its own ranks."""
 
 from __future__ import annotations
 
+import importlib.util
 import os
+from collections.abc import Sequence
 from pathlib import Path
 
 import torch
 
+from stepmoe.checkpoint import Checkpoint
 from stepmoe.config import Step3p5Config
 from stepmoe.errors import ConfigError
 from stepmoe.filling import weight_bytes
 from stepmoe.fp8 import Quantization
-from stepmoe.parallel import ParallelConfig
+from stepmoe.launch.rank import torchrun_ranks
+from stepmoe.measure.source import config_of
+from stepmoe.parallel import ParallelConfig, tensor_layouts
+
+
+def check_alone() -> None:
+    """Raise ConfigError under torchrun, for a command that is one process or starts its own."""
+    if (there := torchrun_ranks()) is not None:
+        raise ConfigError(
+            f"torchrun started {there} ranks, and this command starts what it needs: leave "
+            "torchrun out"
+        )
+
+
+def check_packages(*names: str) -> None:
+    """Raise ConfigError where a package that the library itself does not need is missing."""
+    if missing := [name for name in names if importlib.util.find_spec(name) is None]:
+        raise ConfigError(f"{', '.join(missing)}: not installed; pip install 'stepmoe[notebooks]'")
 
 
 def check_memory(
@@ -34,9 +55,17 @@ def check_memory(
     if needed > there:
         form = "FP8 weights" if quantization else dtype
         raise ConfigError(
-            f"the weights of --shape take {needed / 2**30:,.0f} GiB with tp={parallel.tp} and "
-            f"{form}; {what} has {there / 2**30:,.0f}. Choose another shape, tp or dtype"
+            f"the weights take {needed / 2**30:,.0f} GiB with tp={parallel.tp} and {form}; {what} "
+            f"has {there / 2**30:,.0f}. Choose fewer layers, another tp or another dtype"
         )
+
+
+def check_weights(folder: str | Path, layers: Sequence[int] | None = None) -> None:
+    """Raise CheckpointError, naming the tensor and the file, where a model of these decoder layers
+    cannot be read from a folder. Reads headers only."""
+    config = config_of(folder, None if layers is None else tuple(layers))
+    wanted = tensor_layouts(config, ParallelConfig(), 0)
+    Checkpoint(folder, layers).expect(wanted, config.num_hidden_layers)
 
 
 def check_writable(file: Path | None) -> None:

@@ -3,16 +3,16 @@
 from __future__ import annotations
 
 import argparse
+import importlib.util
 import json
-import shlex
-import sys
 from pathlib import Path
 from typing import Any
 
 import torch
 
+from stepmoe import command
 from stepmoe.checks import whole_number
-from stepmoe.command_checks import check_writable
+from stepmoe.command_checks import check_alone, check_memory, check_writable
 from stepmoe.config import Step3p5Config
 from stepmoe.errors import ConfigError
 from stepmoe.parallel import ParallelConfig
@@ -20,6 +20,7 @@ from stepmoe.variants import VARIANTS
 
 FORMAT = "stepmoe layer floor 1"
 _LAYERS = {"full": 4, "sliding": 5}  # of the published shape
+_DEPTH = 5  # layers of the stack that is timed, beside one of a single layer
 
 
 def register(subparsers: argparse._SubParsersAction[argparse.ArgumentParser]) -> None:
@@ -28,29 +29,34 @@ def register(subparsers: argparse._SubParsersAction[argparse.ArgumentParser]) ->
         "layer-floor",
         help="time every operation of one rank's MoE layer on this GPU, against its floor",
         description="Time one rank's share of an MoE layer of Step-3.5-Flash on one NVIDIA GPU, "
-        "operation by operation, against the least time each can take.",
+        "operation by operation, against the least time each can take: one layer with full "
+        "attention and one with sliding attention, each in a prefill and in decode steps.",
     )
     add = parser.add_argument
-    add("--tp", type=int, default=8, help="ranks of which one is measured (default: 8)")
-    add("--ep", type=int, default=4, help="expert groups (default: 4)")
-    add("--simulate-rank", type=int, default=0, metavar="R", help="which rank (default: 0)")
-    add("--variant", default="deferred", choices=VARIANTS)
-    add("--prefill", nargs=2, type=int, default=[2, 8192], metavar=("SEQUENCES", "LENGTH"))
-    add("--decode", nargs="*", type=int, default=[1, 16, 64, 256], metavar="SEQUENCES")
-    add("--context", type=int, default=4096, help="tokens that decoding sees (default: 4096)")
-    add("--peer", action="store_true", help="also time the share in transformers (5.23 or newer)")
-    add("--json", type=Path, metavar="FILE", help="keep everything that was measured")
+    ranks = "ranks that share the layer; one is measured, and nothing is sent (default: 8)"
+    add("--tp", type=int, default=8, metavar="N", help=ranks)
+    groups = "groups of ranks, each with its own part of the experts; divides --tp (default: 4)"
+    add("--ep", type=int, default=4, metavar="N", help=groups)
+    which = "which rank is measured, from 0 (default: 0)"
+    add("--simulate-rank", type=int, default=0, metavar="R", help=which)
+    add("--variant", default="deferred", choices=VARIANTS, help="default: deferred")
+    size = "sequences of a prefill, and tokens of each (default: 2 8192)"
+    add("--prefill", nargs=2, type=int, default=[2, 8192], metavar=("SEQUENCES", "LENGTH"),
+        help=size)  # fmt: skip
+    sizes = [1, 16, 64, 256]
+    words = f"sequences of a decode step; none: no decode (default: {' '.join(map(str, sizes))})"
+    add("--decode", nargs="*", type=int, default=sizes, metavar="SEQUENCES", help=words)
+    seen = "tokens of a sequence in a decode step, the new one included (default: 4096)"
+    add("--context", type=int, default=4096, metavar="N", help=seen)
+    peer = "also time the prefill in transformers (5.23 or newer), for comparison"
+    add("--peer", action="store_true", help=peer)
+    add("--json", type=Path, metavar="FILE", help="keep all of it in a file, for notebook 06")
     parser.set_defaults(run=_run)
 
 
 def _run(args: argparse.Namespace) -> int:
-    try:
-        parallel = ParallelConfig(args.tp, args.ep, "tp", args.simulate_rank)
-        parallel.check(Step3p5Config.flash())
-        _check(args)
-    except ConfigError as error:
-        print(f"python -m stepmoe layer-floor: {error}", file=sys.stderr)
-        return 2
+    parallel = ParallelConfig(args.tp, args.ep, "tp", args.simulate_rank)
+    _check(args, parallel)
     record = measure(args, parallel)
     print(text_of(record))
     if args.json is not None:
@@ -58,14 +64,34 @@ def _run(args: argparse.Namespace) -> int:
     return 0
 
 
-def _check(args: argparse.Namespace) -> None:
+def _check(args: argparse.Namespace, parallel: ParallelConfig) -> None:
+    check_alone()
+    config = Step3p5Config.flash()
+    parallel.check(config)
+    longest = config.max_position_embeddings
+    whole_number("--prefill SEQUENCES", args.prefill[0])
+    whole_number("--prefill LENGTH", args.prefill[1], most=longest)
+    for sequences in args.decode:
+        whole_number("--decode", sequences)
+    whole_number("--context", args.context, most=longest)
     check_writable(args.json)
-    for name in ("prefill", "decode", "context"):
-        values = getattr(args, name)
-        for value in values if isinstance(values, list) else [values]:
-            whole_number(f"--{name}", value)
+    if args.peer and not _has_peer():
+        raise ConfigError("--peer needs transformers 5.23 or newer: pip install transformers")
     if not torch.cuda.is_available():
         raise ConfigError("this needs an NVIDIA GPU, and torch sees none")
+    from stepmoe.measure.layer_floor import VOCAB
+
+    for layer in _LAYERS.values():
+        held = config.replace(vocab_size=VOCAB).with_layers(*[layer] * (_DEPTH + 1))
+        check_memory(held, parallel, torch.bfloat16, "cuda")
+
+
+def _has_peer() -> bool:
+    """Whether there is a transformers that knows the model."""
+    try:
+        return importlib.util.find_spec("transformers.models.step3p7") is not None
+    except ModuleNotFoundError:  # no transformers at all
+        return False
 
 
 def measure(args: argparse.Namespace, parallel: ParallelConfig) -> dict[str, Any]:
@@ -84,7 +110,7 @@ def measure(args: argparse.Namespace, parallel: ParallelConfig) -> dict[str, Any
     layers = []
     growth = 0
     for name, layer in _LAYERS.items():
-        stack = Stack(config, layer, parallel, args.variant, depth=5)
+        stack = Stack(config, layer, parallel, args.variant, depth=_DEPTH)
         found = [stack.prefill(batch, length)]
         found += [stack.decode(sequences, args.context) for sequences in args.decode]
         layers += [layer_record(name, result, chip) for result in found]
@@ -97,7 +123,7 @@ def measure(args: argparse.Namespace, parallel: ParallelConfig) -> dict[str, Any
             )
     return {
         "format": FORMAT,
-        "command": shlex.join(["python", "-m", "stepmoe", *sys.argv[1:]]),
+        "command": command.command_line("layer-floor", _options(args)),
         **where,
         "parallel": {"tp": parallel.tp, "ep": parallel.ep, "simulate_rank": parallel.simulate_rank},
         "variant": args.variant,
@@ -106,6 +132,20 @@ def measure(args: argparse.Namespace, parallel: ParallelConfig) -> dict[str, Any
         "growth_bytes_in_1000_passes": growth,
         "layers": layers,
     }
+
+
+def _options(args: argparse.Namespace) -> dict[str, list[object]]:
+    """What was measured, as options."""
+    options: dict[str, list[object]] = {
+        "tp": [args.tp],
+        "ep": [args.ep],
+        "simulate-rank": [args.simulate_rank],
+        "variant": [args.variant],
+        "prefill": args.prefill,
+        "decode": args.decode,
+        "context": [args.context],
+    }
+    return {**options, "peer": []} if args.peer else options
 
 
 def text_of(record: dict[str, Any]) -> str:

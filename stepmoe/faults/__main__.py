@@ -6,7 +6,6 @@
 from __future__ import annotations
 
 import argparse
-import sys
 
 from stepmoe import measure, mini
 from stepmoe.faults.answers import accuracy_under
@@ -28,7 +27,7 @@ def main() -> None:
         frame = accuracy_under(
             ranks, str(mini.path()), task, [None, *ending], batch_size=len(task), timeout=None
         )
-    frame.attrs["command"] = "python -m stepmoe.faults " + " ".join(sys.argv[1:])
+    frame.attrs["command"] = f"python -m stepmoe.faults --questions {arguments.questions}"
     print(frame[["fault", "right", "invalid", "questions", "ranks_agree"]].to_string(index=False))
     measure.save(frame, arguments.json)
 

@@ -11,7 +11,8 @@ from stepmoe.checks import whole_number
 from stepmoe.errors import ConfigError, RankError
 from stepmoe.launch import rank
 
-_PACKAGES = ("ipyparallel", "cloudpickle", "psutil")
+#: What `Ranks` needs beyond the library.
+PACKAGES = ("ipyparallel", "cloudpickle", "psutil")
 # Of what `ipyparallel.Cluster` takes, what says how processes are started; the rest `Ranks` says.
 OPTIONS = (
     "config",
@@ -32,9 +33,9 @@ def checked(n: Any, device: str, engines: str, options: dict[str, Any]) -> int:
         rank.check_device(device)
     elif device not in rank.DEVICES:  # this host's GPUs say nothing about the others'
         raise ConfigError(f"device={device!r}: give one of {', '.join(rank.DEVICES)}")
-    if not all(importlib.util.find_spec(name) for name in _PACKAGES):
+    if not all(importlib.util.find_spec(name) for name in PACKAGES):
         raise ImportError(
-            f"Ranks needs {', '.join(_PACKAGES)}: pip install 'stepmoe[notebooks]'. "
+            f"Ranks needs {', '.join(PACKAGES)}: pip install 'stepmoe[notebooks]'. "
             "Without them, run the same functions under torchrun (stepmoe.launch.init_distributed)"
         )
     known = sorted(point.name for point in entry_points(group="ipyparallel.engine_launchers"))
@@ -50,6 +51,11 @@ def check_call(fn: Any, timeout: Any) -> None:
     """Those of `Ranks.run` that are its own."""
     if not callable(fn):
         raise TypeError(f"fn={fn!r} is not callable: give the function, then its arguments")
+    check_timeout(timeout)
+
+
+def check_timeout(timeout: Any) -> None:
+    """Raise ConfigError unless it is seconds that one can wait, or None."""
     if timeout is None:
         return
     is_number = isinstance(timeout, Real) and not isinstance(timeout, bool)

@@ -94,6 +94,16 @@ def _leave() -> None:
         time.sleep(_FREE)
 
 
+def torchrun_ranks() -> int | None:
+    """How many ranks torchrun started, this process being one of them; None without torchrun."""
+    return int(os.environ["WORLD_SIZE"]) if "TORCHELASTIC_RUN_ID" in os.environ else None
+
+
+def torchrun_rank() -> int | None:
+    """Which of torchrun's ranks this process is; None without torchrun."""
+    return None if torchrun_ranks() is None else int(os.environ["RANK"])
+
+
 def device_of(device: str | torch.device | None) -> torch.device:
     """The device that an argument asks for: None and "auto" ask for this rank's own.
 

@@ -95,12 +95,15 @@ def time_fused_ops(
     """
     group = build_groups(ParallelConfig(world_size()))["tp"]
     place = find_place(group, rank_device()) if group.size > 1 else None
-    if place is None or (place.topology != "one GPU a rank" and not rehearsal):
-        here = f"here: {place.topology}" if place else "here: one rank"
+    if place is None:
         raise ConfigError(
-            f"timing the fused operation needs two ranks or more with one GPU a rank; {here}. "
-            "On a machine with GPUs: torchrun --nproc-per-node (their number); elsewhere "
-            "--rehearse shows that it works"
+            "the fused operation needs two ranks or more, and this is one: start it with torchrun "
+            "--nproc-per-node N"
+        )
+    if place.topology != "one GPU a rank" and not rehearsal:
+        raise ConfigError(
+            "timing the fused operation needs two ranks or more with one GPU a rank; here: "
+            f"{place.topology}. --rehearse shows that it works"
         )
     comm = Communicator(group)
     return [

@@ -25,7 +25,7 @@ from stepmoe.measure.operations import RANGES, Work, operations, unavoidable_byt
 from stepmoe.parallel import ParallelConfig
 from stepmoe.roofline import Chip, SubLayer
 
-_VOCAB = 1024  # embedding and head are not measured: small
+VOCAB = 1024  # embedding and head are not measured: small
 
 
 @dataclass(frozen=True)
@@ -96,7 +96,7 @@ class Stack:
         self.config, self.layer, self.parallel = config, layer, parallel
         self.device, self.depth = device, depth
         self.adds_shared = variant != "three_all_reduces"
-        shape = config.replace(vocab_size=_VOCAB)
+        shape = config.replace(vocab_size=VOCAB)
         self.models = [
             Step3p5ForCausalLM.from_config(
                 shape.with_layers(*[layer] * count), variant, parallel, torch.bfloat16, device
@@ -139,7 +139,7 @@ class Stack:
 
     def _tokens(self, batch: int, length: int) -> Tensor:
         generator = torch.Generator(self.device).manual_seed(batch)
-        return torch.randint(_VOCAB, (batch, length), device=self.device, generator=generator)
+        return torch.randint(VOCAB, (batch, length), device=self.device, generator=generator)
 
     def _per_layer(self, runs: Sequence[Callable[[], object]]) -> float:
         deep, single = (self.flush.median(run) for run in runs)

@@ -135,6 +135,7 @@ class ThroughputPlan:
                 f"a sequence of {workload.longest} tokens exceeds max_position_embeddings = "
                 f"{config.max_position_embeddings}: choose a shorter input, output or context"
             )
+        seed = whole_number("seed", seed, least=0)
         named = {name: layer_class(name) for name in variants}
         return cls(
             source, config, named, workload, parallel, dtype, routing, layers, seed, quantization

@@ -4,10 +4,10 @@ from __future__ import annotations
 
 import argparse
 import signal
-import sys
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 
+from stepmoe.command_checks import check_alone
 from stepmoe.errors import ConfigError
 from stepmoe.multi_gpu.machine import (
     NEEDS,
@@ -31,48 +31,55 @@ def register(subparsers: argparse._SubParsersAction[argparse.ArgumentParser]) ->
         "multi-gpu",
         help="tests and measurements on 2, 4 or 8 GPUs of one host, step by step, resumable",
         description="Test the variants on these GPUs, and measure collectives, prefill, decode and "
-        "the recovery from a rank's death: step by step, one JSON file each (--list shows them); "
-        f"again, it goes on where it stopped. Needs {NEEDS}. On any machine --device cpu --shape "
-        "tiny runs such steps at small sizes, which measures nothing.",
+        "the recovery from a rank's death: step by step, one JSON file each (--list shows them). "
+        f"Given again, it goes on where it stopped. Needs {NEEDS}. On any machine --device cpu "
+        "--shape tiny runs such steps at small sizes: a rehearsal, which measures nothing.",
     )
-    add = parser.add_argument
-    add("--list", "--dry-run", action="store_true", help="show the plan and run nothing")
-    add("--report", action="store_true", help="say what the folder holds and run nothing")
-    add("--only", nargs="+", default=[], metavar="STEP", help="these steps alone")
-    add("--again", nargs="*", metavar="STEP", help="run these again (none named: all that are run)")
-    add("--minutes", type=float, help="start no step that would not end within them")
-    add("--ranks", type=int, choices=RANKS, help="GPUs to use (default: all, up to 8)")
-    add("--device", default="cuda", choices=("cuda", "cpu"))
-    add("--shape", default="flash", choices=("flash", "tiny"), help="tiny: a rehearsal")
-    folders = f"(default: {_FOLDERS['flash']}; of a rehearsal {_FOLDERS['tiny']})"
-    add("--folder", type=Path, help=f"of the results {folders}")
-    of_one = "one rank's recorded compute, to compare with: prefill --simulate-rank 0 --json FILE"
-    add("--compute", type=Path, metavar="FILE", help=f"for --report: {of_one}")
+    _add_arguments(parser)
     parser.set_defaults(run=_run)
 
 
+def _add_arguments(parser: argparse.ArgumentParser) -> None:
+    add_instead = parser.add_mutually_exclusive_group().add_argument
+    add_instead("--list", "--dry-run", action="store_true", help="show the plan and run nothing")
+    says = "say what the folder's results are, beside the predictions, and run nothing"
+    add_instead("--report", action="store_true", help=says)
+    add = parser.add_argument
+    add(
+        "--only", nargs="+", default=[], metavar="STEP", help="run these steps alone (default: all)"
+    )
+    again = "run also what is done: these steps, or, none named, all that are run"
+    add("--again", nargs="*", metavar="STEP", help=again)
+    budget = "start no step that would not end within so many (default: no limit)"
+    add("--minutes", type=float, metavar="M", help=budget)
+    ranks = "ranks, a GPU each (default: the most that there are GPUs for; on a CPU 2)"
+    add("--tp", type=int, choices=RANKS, help=ranks)
+    add("--device", default="cuda", choices=("cuda", "cpu"), help="default: cuda")
+    shapes = "flash: the published model; tiny: a rehearsal (default: flash)"
+    add("--shape", default="flash", choices=("flash", "tiny"), help=shapes)
+    folders = f"default: {_FOLDERS['flash']}; of a rehearsal {_FOLDERS['tiny']}"
+    add("--folder", type=Path, help=f"where the results are ({folders})")
+    of_one = "one rank's recorded compute, to compare with: prefill --simulate-rank 0 --json FILE"
+    add("--compute", type=Path, metavar="FILE", help=f"for --report: {of_one}")
+
+
 def _run(args: argparse.Namespace) -> int:
-    try:
-        if args.report:
-            print(report(args.folder or _FOLDERS[args.shape], args.compute))
-            return 0
-        setting, here = _setting(args)
-        folder = args.folder or _FOLDERS[setting.shape]
-        plan = steps_of(setting)
-        wanted = choose(plan, args.only, "--only")
-        repeated = [] if args.again is None else choose(wanted, args.again, "--again")
-        again = [step.name for step in repeated]
-        known = read_all(folder, plan, setting, again) if here else {}
-        if args.minutes is not None and not args.minutes > 0:
-            raise ConfigError(f"--minutes {args.minutes}: give more than 0")
-        left = [s for s in wanted if s.name not in known or not known[s.name].done]
-        if not args.list:
-            check_places(left)
-            check_packages(left)
-            check_folder(folder)
-    except ConfigError as error:
-        print(f"python -m stepmoe multi-gpu: {error}", file=sys.stderr)
-        return 2
+    _check(args)
+    if args.report:
+        print(report(args.folder or _FOLDERS[args.shape], args.compute))
+        return 0
+    setting, here = _setting(args)
+    folder = args.folder or _FOLDERS[setting.shape]
+    plan = steps_of(setting)
+    wanted = choose(plan, args.only, "--only")
+    repeated = [] if args.again is None else choose(wanted, args.again, "--again")
+    again = [step.name for step in repeated]
+    known = read_all(folder, plan, setting, again) if here else {}
+    left = [s for s in wanted if s.name not in known or not known[s.name].done]
+    if not args.list:
+        check_places(left)
+        check_packages(left)
+        check_folder(folder)
     print(_shown(setting, folder, wanted, known, left, args))
     if args.list or not left:
         return 0
@@ -88,14 +95,24 @@ def _run(args: argparse.Namespace) -> int:
     return _ended(finished)
 
 
+def _check(args: argparse.Namespace) -> None:
+    check_alone()
+    if args.minutes is not None and not args.minutes > 0:
+        raise ConfigError(f"--minutes {args.minutes}: give more than 0")
+    if args.folder and args.folder.is_file():
+        raise ConfigError(f"--folder {args.folder} is a file: give a folder, there or not")
+    if args.compute and not args.report:
+        raise ConfigError(f"--compute {args.compute} is for --report: add that, or leave it out")
+
+
 def _setting(args: argparse.Namespace) -> tuple[Setting, bool]:
     """What is to be run; and whether that is on this machine, or is only to be shown."""
     try:
-        return setting_here(args.ranks, args.device, args.shape), True
+        return setting_here(args.tp, args.device, args.shape), True
     except ConfigError as error:
         if not args.list:
             raise
-        assumed = assumed_setting(args.ranks or RANKS[-1])
+        assumed = assumed_setting(args.tp or RANKS[-1])
         print(f"Nothing can be run here: {error}\nAssuming {assumed.ranks} x {assumed.gpu}.\n")
         return assumed, False
 

@@ -104,30 +104,40 @@ def fit_link(collectives: Mapping[str, Any], algorithm: str = "pipelined") -> Fi
 
 
 def collective_terms(
-    collectives: Mapping[str, Any], fitted: FittedLink, given: Assumptions | None = None
+    collectives: Mapping[str, Any], fitted: FittedLink | None, given: Assumptions | None = None
 ) -> list[Term]:
-    """The link's two figures, and every size of the collectives alone, in µs a call."""
+    """The link's two figures, and every size of the collectives alone, in µs a call.
+
+    Args:
+        fitted: None where none was: the terms are then without it, and without its figures.
+    """
     given = given or Assumptions()
     ranks, link = collectives["hardware"]["ranks"], given.link
-    terms = [
-        Term("latency of a step", link.latency * 1e6, fitted.link.latency * 1e6, None, "µs"),
-        Term("bandwidth", link.bandwidth / 1e9, fitted.link.bandwidth / 1e9, None, "GB/s"),
-    ]
+
+    def microseconds(operations: Sequence[str], size: float, link: Link) -> float:
+        return 1e6 * sum(
+            collective_time(op, size, ranks, link, given.algorithm) for op in operations
+        )
+
+    terms = []
+    if fitted is not None:
+        terms += [
+            Term("latency of a step", link.latency * 1e6, fitted.link.latency * 1e6, None, "µs"),
+            Term("bandwidth", link.bandwidth / 1e9, fitted.link.bandwidth / 1e9, None, "GB/s"),
+        ]
     for name, operations in _OPERATIONS.items():
         for size, seconds in zip(*_times(collectives, name), strict=True):
-            before, after = (
-                sum(collective_time(op, size, ranks, one, given.algorithm) for op in operations)
-                for one in (link, fitted.link)
-            )
+            before = microseconds(operations, size, link)
+            after = microseconds(operations, size, fitted.link) if fitted else None
             label = f"{name}, {size / 2**20:.3g} MiB"
-            terms.append(Term(label, before * 1e6, seconds * 1e6, after * 1e6, "µs"))
+            terms.append(Term(label, before, seconds * 1e6, after, "µs"))
     return terms
 
 
 def step_terms(
     frame: pd.DataFrame,
     compute: Mapping[str, Compute],
-    fitted: FittedLink,
+    fitted: FittedLink | None,
     given: Assumptions | None = None,
 ) -> list[Term]:
     """A prefill step of each variant: its parts and the whole (ms), and tokens a second.
@@ -136,31 +146,38 @@ def step_terms(
         frame: of compare_throughput on all ranks.
         compute: what the prediction took for one rank's compute, by variant; variants without are
             left out.
+        fitted: None where no link was.
     """
     given = given or Assumptions()
     config = _config_of(frame.attrs)
-    refitted = replace(given, link=fitted.link)
+    refitted = replace(given, link=fitted.link) if fitted else None
     terms = []
     for row in frame[frame["phase"] == "prefill"].to_dict("records"):
         name = row["variant"]
         if name not in compute:
             continue
-        before, after = (
-            predict(config, name, compute[name], one, row["tokens"], frame.attrs["parallel"]["tp"])
-            for one in (given, refitted)
-        )
+        step = (config, name, compute[name])
+        size = (row["tokens"], frame.attrs["parallel"]["tp"])
+        before = predict(*step, given, *size)
+        after = predict(*step, refitted, *size) if refitted else None
         parts: list[tuple[str, float | None, float, float | None]] = [
             ("compute", before.compute, row["compute"], None),
-            ("communication", before.communication, row["communication"], after.communication),
+            (
+                "communication",
+                before.communication,
+                row["communication"],
+                after.communication if after else None,
+            ),
             ("waiting", before.idle or None, row["waiting"], None),
-            ("step", before.seconds, row["median"], after.seconds),
+            ("step", before.seconds, row["median"], after.seconds if after else None),
         ]
         terms += [
             Term(f"{name}: {part}", p and p * 1e3, m * 1e3, f and f * 1e3, "ms")
             for part, p, m, f in parts
         ]
-        speeds = (before.tokens_per_second, row["tokens_per_second"], after.tokens_per_second)
-        terms.append(Term(f"{name}: throughput", *speeds, "tokens/s"))
+        speeds = before.tokens_per_second, row["tokens_per_second"]
+        fitting = after.tokens_per_second if after else None
+        terms.append(Term(f"{name}: throughput", *speeds, fitting, "tokens/s"))
     return terms
 
 

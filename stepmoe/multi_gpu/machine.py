@@ -59,7 +59,7 @@ def setting_here(ranks: int | None, device: str, shape: str) -> Setting:
     if number > gpus and shape != "tiny":
         raise ConfigError(
             f"{number} ranks and {gpus} GPU{'s' if gpus > 1 else ''} here: each rank needs one of "
-            f"its own. Give --ranks {there} where there are so many; --shape tiny lets ranks share "
+            f"its own. Give --tp {there} where there are so many; --shape tiny lets ranks share "
             "a GPU, to see that everything works"
         )
     found = [torch.cuda.get_device_properties(i) for i in range(min(number, gpus))]
@@ -162,5 +162,5 @@ def _nvidia_smi(*arguments: str) -> tuple[str, str]:
 
 def _checked(ranks: int) -> int:
     if ranks not in RANKS:
-        raise ConfigError(f"--ranks {ranks}: give 2, 4 or 8, which the fused kernels are for")
+        raise ConfigError(f"--tp {ranks}: give 2, 4 or 8, which the fused kernels are for")
     return ranks

@@ -156,7 +156,7 @@ def _measurement(setting: Setting) -> list[Step]:
     smaller = [number for number in RANKS if number < ranks]
     return [
         Step("kernels", "compiles FlashInfer's and Triton's kernels, in minutes the first time",
-             f"{torchrun} bench-fusion --tokens 64 --rounds 6 --json {RESULT}", 240, 900),
+             f"{torchrun} bench-fusion --tokens 64 --repeats 6 --json {RESULT}", 240, 900),
         Step("variants", f"tests: every variant right at tp {_up_to(ranks)}, ep, attention, graphs",
              f"{tests} tests/cuda/test_several_gpus.py", 200, 600, "tests/cuda"),
         Step("collectives", "collectives alone and the fused operation, 1 to 16384 tokens",
@@ -212,7 +212,7 @@ def _rehearsal(setting: Setting) -> list[Step]:
         Step("variants", "tests: some layouts of every variant on four ranks",
              f"{tests} {variants}", 60, 240, "tests"),
         Step("collectives", "collectives alone and the fused operation, a few tokens",
-             f"{torchrun} bench-fusion --rehearse {device} --hidden 64 --tokens 3 --rounds 6 "
+             f"{torchrun} bench-fusion --rehearse {device} --hidden 64 --tokens 3 --repeats 6 "
              f"--json {RESULT}", 20, 180),
         Step("prefill", "the tiny model, all variants", f"{prefill} --prompts 12", 20, 180),
         Step("decode", "the tiny model, all variants: decode",

@@ -5,17 +5,18 @@ from __future__ import annotations
 import argparse
 import json
 import math
-import sys
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
 from stepmoe import command
+from stepmoe.checks import whole_number
 from stepmoe.comm.fusion import IMPLEMENTATIONS
-from stepmoe.command_checks import check_writable
-from stepmoe.errors import ConfigError
+from stepmoe.command_checks import check_alone, check_packages, check_writable
+from stepmoe.errors import ConfigError, RankError, RankTimeout
 from stepmoe.launch import Ranks
-from stepmoe.launch.rank import DEVICES, check_device
+from stepmoe.launch.arguments import PACKAGES
+from stepmoe.launch.rank import check_device
 from stepmoe.measure.environment import Place, provenance
 from stepmoe.measure.recovery import Loss, measure_recovery
 from stepmoe.measure.store import without_nan
@@ -30,32 +31,33 @@ def register(subparsers: argparse._SubParsersAction[argparse.ArgumentParser]) ->
     parser = subparsers.add_parser(
         "recovery",
         help="measure how the ranks end when one is lost, and when they are usable again",
-        description="Kill a rank in the middle of a fused all-reduce, and let one not come: how "
-        "the others end, and how long until the next call returns the right sum.",
+        description="Start ranks, and lose one in the middle of all-reduce + add + norm: once it "
+        "is killed, once it does not come. How the others end, and how long until the next call "
+        "returns the right sum.",
     )
     add = parser.add_argument
-    add("--tp", type=int, default=_RANKS, help=f"ranks (default: {_RANKS})")
-    add("--tokens", type=int, default=64, metavar="N", help="rows of the tensor (default: 64)")
-    add("--hidden", type=int, default=4096, metavar="D", help="hidden size (default: 4096)")
+    ranks = f"ranks to start, at least {_RANKS} (default: {_RANKS})"
+    add("--tp", type=int, default=_RANKS, metavar="N", help=ranks)
+    rows = "rows of the tensor that is summed (default: 64)"
+    add("--tokens", type=int, default=64, metavar="N", help=rows)
+    columns = "its columns, the model's hidden size (default: 4096)"
+    add("--hidden", type=int, default=4096, metavar="N", help=columns)
     names = f"some of {', '.join(IMPLEMENTATIONS)} (default: {' '.join(_DEFAULTS)})"
     add("--implementations", nargs="+", default=_DEFAULTS, metavar="NAME", help=names)
-    add("--device", default="auto", choices=DEVICES)
-    add("--json", type=Path, metavar="FILE", help="keep it")
+    command.add_device(parser)
+    add("--json", type=Path, metavar="FILE", help="keep all of it in a file")
     parser.set_defaults(run=_run)
 
 
 def _run(args: argparse.Namespace) -> int:
+    _check(args)
     try:
-        _check(args)
         with Ranks(args.tp, device=args.device) as ranks:
-            found = measure_recovery(ranks, args.implementations, args.tokens, args.hidden)
-    except (ConfigError, ImportError) as error:
-        print(f"python -m stepmoe recovery: {error}", file=sys.stderr)
-        return 2
-    except RuntimeError as error:  # RankError and RankTimeout as well
-        print(f"python -m stepmoe recovery: {error}", file=sys.stderr)
-        return 1
-    losses, places = found
+            losses, places = measure_recovery(ranks, args.implementations, args.tokens, args.hidden)
+    except (RankError, RankTimeout):
+        raise
+    except RuntimeError as error:  # a wrong sum, or none that was missed
+        raise command.FailedError(str(error)) from error
     print(losses_table(losses))
     if args.json:
         content = _with_provenance(losses, places, args)
@@ -64,13 +66,12 @@ def _run(args: argparse.Namespace) -> int:
 
 
 def _check(args: argparse.Namespace) -> None:
+    check_alone()
     check_device(args.device)
     check_writable(args.json)
-    if args.tp < _RANKS or args.tokens < 1 or args.hidden < 1:
-        raise ConfigError(
-            f"--tp {args.tp}, --tokens {args.tokens}, --hidden {args.hidden}: give at least "
-            f"{_RANKS} ranks and positive numbers"
-        )
+    for name, least in (("tp", _RANKS), ("tokens", 1), ("hidden", 1)):
+        whole_number(f"--{name}", getattr(args, name), least)
+    check_packages(*PACKAGES)
     if unknown := set(args.implementations) - set(IMPLEMENTATIONS):
         raise ConfigError(
             f"--implementations {', '.join(sorted(unknown))}: use some of "

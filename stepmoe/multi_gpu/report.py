@@ -12,7 +12,7 @@ from stepmoe.errors import ConfigError
 from stepmoe.measure import load, load_fused_ops
 from stepmoe.measure.fused_calls import FUSED
 from stepmoe.measure.report import aligned, throughput_table, verdict
-from stepmoe.multi_gpu.fit import Term, collective_terms, fit_link, step_terms
+from stepmoe.multi_gpu.fit import FittedLink, Term, collective_terms, fit_link, step_terms
 from stepmoe.multi_gpu.records import Record, file_of, read
 from stepmoe.multi_gpu.recovery import loss_of, losses_table
 from stepmoe.predict import AFTER, BEFORE, BEST, RANKS, Compute, compute_of_run, pooled
@@ -55,33 +55,43 @@ def _parts(folder: Path, records: Mapping[str, Record], compute_file: Path | Non
     if "prefill-fp8" in done:
         frame = load(file_of(folder, "prefill-fp8"))
         yield f"prefill-fp8\n{throughput_table(frame)}\n\n{_headline(frame)}"
-    fitted = None
+    fitted, remark = None, "No link is fitted: step collectives is not done."
     if "collectives" in done:
         collectives = load_fused_ops(file_of(folder, "collectives"))
-        fitted = fit_link(collectives)
         yield _collectives(collectives)
-        low, high = (edge / 1e9 for edge in fitted.bandwidth)
-        yield (
-            f"Fitted link: latency {fitted.link.latency * 1e6:.2f} µs "
-            f"({fitted.latency[0] * 1e6:.2f} to {fitted.latency[1] * 1e6:.2f}), bandwidth "
-            f"{fitted.link.bandwidth / 1e9:.0f} GB/s ({low:.0f} to {high:.0f})."
-        )
+        fitted, remark = _fitted(collectives)
+        yield remark
         yield table(collective_terms(collectives, fitted))
+    elif "prefill" in done:
+        yield remark
     if "prefill" in done:
         frame = load(file_of(folder, "prefill"))
         yield throughput_table(frame)
         yield _headline(frame)
-        missing = [
-            *(["step collectives (not done)"] if fitted is None else []),
-            *(["--compute FILE (one rank's recorded compute)"] if compute_file is None else []),
-        ]
-        if fitted is None or compute_file is None:
-            yield f"Steps are not compared with their prediction without {' and '.join(missing)}."
+        if compute_file is None:
+            yield (
+                "Steps are not compared with their prediction without --compute FILE (one rank's "
+                "recorded compute)."
+            )
             return
         compute, remark = recorded_compute(compute_file, frame)
         yield remark
         if compute:
             yield table(step_terms(frame, compute, fitted))
+
+
+def _fitted(collectives: Mapping[str, Any]) -> tuple[FittedLink | None, str]:
+    """The link fitted to the collectives, or none; and which, or why."""
+    try:
+        fitted = fit_link(collectives)
+    except ConfigError as error:
+        return None, f"No link is fitted: {error}."
+    low, high = (edge / 1e9 for edge in fitted.bandwidth)
+    return fitted, (
+        f"Fitted link: latency {fitted.link.latency * 1e6:.2f} µs "
+        f"({fitted.latency[0] * 1e6:.2f} to {fitted.latency[1] * 1e6:.2f}), bandwidth "
+        f"{fitted.link.bandwidth / 1e9:.0f} GB/s ({low:.0f} to {high:.0f})."
+    )
 
 
 def table(terms: Sequence[Term]) -> str:
@@ -111,6 +121,8 @@ def recorded_compute(file: Path, frame: pd.DataFrame) -> tuple[dict[str, Compute
         ConfigError: the file is no throughput measurement.
     """
     recorded = load(file)
+    if "tokens_per_second" not in recorded:
+        raise ConfigError(f"--compute {file}: is not what prefill --json writes; give another")
     theirs, ours = _what_was_run(recorded), _what_was_run(frame)
     for name, here in ours.items():
         if (there := theirs.get(name)) != here:
@@ -180,7 +192,7 @@ def _collectives(content: Mapping[str, Any]) -> str:
         for (implementation, tokens), unfused in times.items()
         if implementation == "unfused" and any((name, tokens) in times for name in FUSED)
     }
-    error = max(row["error"] for row in content["rows"] if "error" in row)
+    error = max((row["error"] for row in content["rows"] if "error" in row), default=math.nan)
     refused: dict[str, list[str]] = {}
     for row in content["rows"]:
         if "refusal" in row:

@@ -192,6 +192,22 @@ def test_bench(tmp_path: Path, launcher):
 
 
 @pytest.mark.parametrize(
+    ("words", "message"),
+    [
+        ("bench --ep 3 --device cpu", "ep=3 does not divide tp=2"),
+        ("bench-fusion --tokens 0", "--tokens must be a whole number of at least 1, got 0"),
+    ],
+)
+def test_two_ranks_refuse_in_one_line(words, message):
+    """Whichever of them torchrun sees ended first."""
+    code, _, err = bench("-m", "stepmoe", *words.split(), launcher=TORCHRUN)
+    assert code != 0
+    said = [line for line in err.splitlines() if "python -m stepmoe" in line]
+    assert len(said) == 1
+    assert said[0].startswith(f"python -m stepmoe {words.split()[0]}: {message}")
+
+
+@pytest.mark.parametrize(
     ("arguments", "named"),
     [
         (["--tp", "3"], "tp=3"),
@@ -201,7 +217,7 @@ def test_bench(tmp_path: Path, launcher):
         (["--shape", "flash", "--tp", "8", "--dtype", "float64"], "GiB"),
         (["--json", "/no/such/folder/b.json"], "/no/such/folder"),
         (["--repeats", "2"], "repeats must be a whole number of at least 6, got 2"),
-        (["--timeout", "0"], "--timeout 0"),
+        (["--timeout", "0"], "timeout=0.0: give seconds"),
     ],
 )
 def test_bench_names_a_bad_argument_and_starts_nothing(arguments, named, capsys, monkeypatch):

@@ -17,6 +17,10 @@ def test_a_rehearsed_step(tmp_path, capsys):
     assert (content["rehearsal"], content["run"]["rehearsal"]) == (True, True)
     assert content["run"]["status"] == "done"
     assert str(tmp_path) not in json.dumps(content)
+    assert content["command"] == (
+        "torchrun --nproc-per-node 2 -m stepmoe bench-fusion --tokens 3 --hidden 64 "
+        "--dtype bfloat16 --repeats 6 --device cpu --rehearse"
+    )
     ran = {row["implementation"]: row for row in content["rows"] if "error" in row}
     assert {"all_reduce", "reduce_scatter + all_gather", "unfused", "triton two-shot"} <= set(ran)
     # Triton's interpreter cuts bfloat16 off at 8 bits, twice; half a bit each on average.

@@ -165,7 +165,7 @@ def test_an_unknown_way_to_hold_weights_is_named():
 
 def test_the_prefill_command_names_what_computed(tmp_path, capsys):
     file = tmp_path / "x.json"
-    words = f"prefill --weights {mini_path()} --layers 0-1 --tp 4 --ep 2 --simulate-rank 1"
+    words = f"prefill --model {mini_path()} --layers 0-1 --tp 4 --ep 2 --simulate-rank 1"
     words += f" --input-len 9 --prompts 2 --variants deferred --device cpu --json {file}"
     words += " --quantization fp8"
     assert main(words.split()) == 0

@@ -2,6 +2,8 @@
 
 import json
 import math
+import subprocess
+import sys
 
 import pytest
 import torch
@@ -134,14 +136,23 @@ def test_the_picture_draws_every_series_and_says_where_it_is_from(content):
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        (["--rounds", "3"], "at least 6 rounds"),
-        (["--tokens", "0"], "give positive numbers"),
+        (["--repeats", "3"], "--repeats must be a whole number of at least 6, got 3"),
+        (["--tokens", "1", "0"], "--tokens must be a whole number of at least 1, got 0"),
+        (["--hidden", "-2"], "--hidden must be a whole number of at least 1, got -2"),
         (["--json", "no/such/folder/x.json"], "cannot write into"),
     ],
 )
 def test_the_command_refuses_bad_arguments(arguments, message, capsys):
     assert main(["bench-fusion", *arguments]) == 2
     assert message in capsys.readouterr().err
+
+
+def test_the_command_needs_ranks():
+    # In a process of its own, of which it makes a rank.
+    command = [sys.executable, "-m", "stepmoe", "bench-fusion", "--rehearse", "--device", "cpu"]
+    done = subprocess.run(command, capture_output=True, text=True, check=False)
+    assert done.returncode == 2
+    assert "needs two ranks or more, and this is one: start it with torchrun" in done.stderr
 
 
 def test_the_command_needs_gpus(capsys, monkeypatch):

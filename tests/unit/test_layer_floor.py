@@ -1,13 +1,18 @@
 """The layer's table of operations, the reading of a profile, and what the command refuses."""
 
 import dataclasses
+import json
+import shlex
+from types import SimpleNamespace
 
 import pytest
 import torch
 from torch.utils.flop_counter import FlopCounterMode
 
 import stepmoe as sm
-from stepmoe.__main__ import main
+from stepmoe import layer_floor
+from stepmoe.__main__ import main, parser
+from stepmoe.measure.environment import look_around
 from stepmoe.measure.kernel_times import kernels_of
 from stepmoe.measure.layer_floor import LayerTime, OperationTime
 from stepmoe.measure.layer_record import layer_record, layer_table
@@ -169,13 +174,84 @@ def test_a_layer_in_a_file_says_how_near_the_floor_it_is():
     assert table.iloc[-1, 0].startswith("8,000 / ")
 
 
+def a_gpu(monkeypatch):
+    """One of 24 GB."""
+    found = SimpleNamespace(total_memory=24 * 10**9)
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 1)
+    monkeypatch.setattr(torch.cuda, "get_device_properties", lambda index: found)
+
+
+class MadeUpStack:
+    """Takes the place of what needs a GPU."""
+
+    def __init__(self, config, layer, parallel, variant, depth):
+        self.work = work(layer=layer, parallel=parallel)
+
+    def prefill(self, batch, length):
+        changed = dataclasses.replace(self.work, batch=batch, length=length, context=length)
+        rows = [OperationTime(row, row.floor(H100)) for row in operations(changed)[:2]]
+        return LayerTime(changed, "prefill", 1e-3, rows, 1e-4, 10**9, 2e-3)
+
+    def decode(self, batch, context):
+        changed = dataclasses.replace(self.work, batch=batch, length=1, context=context)
+        return LayerTime(changed, "decode", 1e-3, [OperationTime(operations(work())[0], 1e-4)], 0)
+
+    def growth(self, batch, steps):
+        return 0
+
+
+@pytest.mark.parametrize(
+    "words",
+    [
+        "",
+        "--tp 4 --ep 2 --simulate-rank 3 --variant fused --prefill 3 77 --decode 5 9 --context 33",
+        "--decode --peer",
+    ],
+)
+def test_the_recorded_command_measures_the_same_and_names_no_file(words, tmp_path, monkeypatch):
+    a_gpu(monkeypatch)
+    monkeypatch.setattr(layer_floor, "_has_peer", lambda: True)
+    monkeypatch.setattr("stepmoe.measure.layer_floor.Stack", MadeUpStack)
+    monkeypatch.setattr("stepmoe.measure.layer_floor.measured_chip", lambda device: H100)
+    monkeypatch.setattr("stepmoe.measure.peer.peer_version", lambda: "5.23")
+    monkeypatch.setattr("stepmoe.measure.peer.peer_seconds", lambda *_: 1.0)
+    here = dataclasses.replace(look_around(torch.device("cpu")), gpu="made up")
+    monkeypatch.setattr("stepmoe.measure.environment.look_around", lambda device: here)
+    file = tmp_path / "x.json"
+    arguments = ["layer-floor", *words.split()]
+    assert main([*arguments, "--json", str(file)]) == 0
+    assert str(tmp_path) not in file.read_text()
+    *start, name = shlex.split(json.loads(file.read_text())["command"])[:4]
+    assert (start, name) == (["python", "-m", "stepmoe"], "layer-floor")
+    again = parser().parse_args(shlex.split(json.loads(file.read_text())["command"])[3:])
+    assert again == parser().parse_args(arguments)
+
+
+@pytest.mark.parametrize("there", [True, False])
+def test_the_peer_is_looked_for(there, monkeypatch):
+    def find(name):
+        assert name == "transformers.models.step3p7"
+        if not there:
+            raise ModuleNotFoundError(name)
+        return object()
+
+    monkeypatch.setattr(layer_floor.importlib.util, "find_spec", find)
+    assert layer_floor._has_peer() is there
+
+
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
         (["--ep", "3"], "ep=3 does not divide tp=8"),
         (["--simulate-rank", "8"], "simulate_rank must be a whole number from 0 to"),
         (["--decode", "0"], "--decode must be a whole number of at least 1, got 0"),
-        (["--context", "-5"], "--context must be a whole number of at least 1, got -5"),
+        (["--context", "-5"], "--context must be a whole number from 1 to 262144, got -5"),
+        (["--prefill", "1", "262145"], "--prefill LENGTH must be a whole number from 1 to 262144"),
+        (["--prefill", "0", "9"], "--prefill SEQUENCES must be a whole number of at least 1"),
+        (["--peer"], "--peer needs transformers 5.23 or newer"),
+        # 288 experts of 3 x 4096 x 1280 in bfloat16, six layers: 51 GiB, and attention's 1.
+        (["--tp", "1", "--ep", "1"], "the weights take 52 GiB with tp=1 and torch.bfloat16"),
         (
             ["--json", "/no/such/folder/x.json"],
             "cannot write into /no/such/folder/x.json (No such file or directory)",
@@ -183,7 +259,9 @@ def test_a_layer_in_a_file_says_how_near_the_floor_it_is():
     ],
 )
 def test_bad_arguments_are_named(arguments, message, capsys, monkeypatch):
-    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    a_gpu(monkeypatch)
+    monkeypatch.setattr(layer_floor, "_has_peer", lambda: False)
+    monkeypatch.setattr(layer_floor, "measure", lambda *_: pytest.fail("it started"))
     assert main(["layer-floor", *arguments]) == 2
     assert message in capsys.readouterr().err
 

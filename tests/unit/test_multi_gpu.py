@@ -247,10 +247,12 @@ class Gpu:
     [
         (0, "", "torch sees no GPU here. This needs 2, 4 or 8 NVIDIA GPUs"),
         (1, "", "2 ranks and 1 GPU here: each rank needs one of its own"),
-        (4, "--ranks 8", "8 ranks and 4 GPUs here: each rank needs one of its own. Give --ranks 4"),
+        (4, "--tp 8", "8 ranks and 4 GPUs here: each rank needs one of its own. Give --tp 4"),
         (0, "--device cpu", "the published shape needs GPUs; add --shape tiny"),
         (8, "--only prefil", "--only prefil: the steps are kernels, variants, collectives"),
         (8, "--only prefill --again decode", "--again decode: the steps are prefill"),
+        (8, f"--folder {__file__}", f"--folder {__file__} is a file: give a folder"),
+        (8, "--compute x.json", "--compute x.json is for --report"),
         (8, "--minutes 0", "--minutes 0.0: give more than 0"),
         (8, "--folder /proc/none", "--folder /proc/none: cannot be made"),
         (8, "--report --folder nowhere", "--folder nowhere: no results in it"),
@@ -285,7 +287,7 @@ def test_missing_packages_are_named_at_once(monkeypatch, capsys, tmp_path):
 
 def test_the_plan_can_be_seen_anywhere(monkeypatch, capsys, tmp_path):
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
-    assert main(["multi-gpu", "--list", "--ranks", "4", "--folder", str(tmp_path)]) == 0
+    assert main(["multi-gpu", "--list", "--tp", "4", "--folder", str(tmp_path)]) == 0
     shown = capsys.readouterr().out
     assert "Assuming 4 x a GPU of 80 GB" in shown
     assert "torchrun --nproc-per-node 4 -m stepmoe prefill --shape flash --ep 2" in shown

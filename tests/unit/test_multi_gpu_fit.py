@@ -219,12 +219,56 @@ def test_a_report_says_what_it_lacks(tmp_path):
     frame = synthetic_prefill()
     keep(tmp_path, prefill=frame)
     text = report(tmp_path, None)
-    assert "not compared with their prediction without step collectives (not done) and --co" in text
+    assert "No link is fitted: step collectives is not done." in text
+    assert "not compared with their prediction without --compute FILE" in text
+    compute, _ = recorded_compute(RECORDED, frame)
+    text = report(tmp_path, RECORDED)
+    assert "No link is fitted: step collectives is not done." in text
+    assert text.endswith(table(step_terms(frame, compute, None)))
     keep(tmp_path, collectives=synthetic_collectives())
-    assert "with their prediction without --compute FILE" in report(tmp_path, None)
+    text = report(tmp_path, None)
+    assert "No link is fitted" not in text
+    assert "not compared with their prediction without --compute FILE" in text
     frame.attrs["layers"] = [0, 1, 2, 3]
     frame.attrs["parallel"] = frame.attrs["parallel"] | {"tp": 2, "ep": 1}
     keep(tmp_path, prefill=frame)
     text = report(tmp_path, RECORDED)
     assert "4 of 45 layers on 2 GPUs: not comparable with the published figures" in text
     assert "63,213" not in text
+
+
+def test_a_report_goes_on_without_a_fit_and_says_why(tmp_path, monkeypatch):
+    """Too few sizes, no scipy: what was measured stands beside what was predicted all the same."""
+    frame, collectives = synthetic_prefill(), synthetic_collectives(noise=0)
+    fitted = step_terms(frame, recorded_compute(RECORDED, frame)[0], fit_link(collectives))
+    collectives["rows"] = [row for row in collectives["rows"] if row["tokens"] in TOKENS[:2]]
+    keep(tmp_path, prefill=frame, collectives=collectives)
+    text = report(tmp_path, RECORDED)
+    assert "No link is fitted: a fit with intervals needs three sizes of all_reduce, got 2." in text
+    assert "Best fused implementation against all_reduce + add + norm" in text
+    rows = [line.split() for line in text.splitlines() if line.startswith("all_reduce, ")]
+    assert [row[-2:] for row in rows] == [["-", "µs"]] * 2  # two sizes, none fitted
+    link = LINKS["nccl_sm90"]
+    before = collective_time("all_reduce", 8 * 4096 * 2, 8, link, "pipelined") * 1e6
+    after = collective_time("all_reduce", 8 * 4096 * 2, 8, TRUTH, "pipelined") * 1e6
+    assert [float(number) for number in rows[1][3:6]] == pytest.approx(
+        [before, after, after / before],
+        rel=0.01,  # printed to three digits
+    )
+    assert "latency of a step" not in text
+    terms = step_terms(frame, recorded_compute(RECORDED, frame)[0], None)
+    assert text.endswith(table(terms))
+    assert all(term.fitted is None for term in terms)
+    same = [(term.name, term.predicted, term.measured, term.unit) for term in terms]
+    assert same == [(term.name, term.predicted, term.measured, term.unit) for term in fitted]
+    monkeypatch.setitem(sys.modules, "scipy.optimize", None)
+    assert "No link is fitted: the fit needs scipy, which is not installed" in report(
+        tmp_path, RECORDED
+    )
+
+
+def test_compute_of_another_kind_is_refused(tmp_path):
+    keep(tmp_path, prefill=synthetic_prefill())
+    latency = RECORDED.with_name("cpu_tiny_tp2.json")
+    with pytest.raises(sm.ConfigError, match=r"cpu_tiny_tp2.json: is not what prefill --json wr"):
+        report(tmp_path, latency)

@@ -169,10 +169,10 @@ def checkpoint(tmp_path_factory):
         (["--tp", "3"], "tp=3"),
         (["--questions", "0"], "from 1 to 1319, got 0"),
         (["--variants", "four"], "'four'"),
-        (["--model", "no/such"], "no/such"),
+        (["--model", "nowhere"], "nowhere does not exist"),
         (["--batch-size", "0"], "batch_size must be a whole number of at least 1, got 0"),
         (["--csv", "no/such/a.csv"], "no/such"),
-        (["--timeout", "-1"], "--timeout -1"),
+        (["--timeout", "-1"], "timeout=-1.0: give seconds"),
     ],
 )
 def test_the_command_names_a_bad_argument_and_starts_nothing(

@@ -116,8 +116,8 @@ def test_it_is_kept_in_a_file(frame, tmp_path):
         ("--input-len 8 --simulate-rank 4", "simulate_rank must be"),
         ("--input-len 8 --layers 3-1", "runs backwards"),
         ("--input-len 8 --layers 5", "layer 5 does not exist"),
-        ("--weights nowhere --input-len 8", "nowhere does not exist"),
-        ("--input-len 8 --variant deferred deferred", "none twice"),
+        ("--model nowhere --input-len 8", "nowhere does not exist"),
+        ("--input-len 8 --variants deferred deferred", "none twice"),
         ("--input-len 8 --shape nowhere", "--shape nowhere: give tiny, flash, or a folder"),
     ],
 )
@@ -129,12 +129,12 @@ def test_bad_arguments_are_named(words, message, capsys):
 def test_a_flash_step_that_does_not_fit_is_refused(capsys, monkeypatch):
     monkeypatch.setattr("os.sysconf", lambda name: 2**12)  # 4096 pages of 4096 bytes
     assert main(["prefill", "--shape", "flash", "--tp", "8", "--ep", "4", "--device", "cpu"]) == 2
-    assert "the weights of --shape take" in capsys.readouterr().err
+    assert "the weights take" in capsys.readouterr().err
 
 
 def test_some_real_layers_by_the_command(tmp_path, capsys):
     folder = "tests/step3p5-tiny-reference"
-    words = f"prefill --weights {folder} --layers 1-2 --tp 4 --simulate-rank 3 --input-len 9"
+    words = f"prefill --model {folder} --layers 1-2 --tp 4 --simulate-rank 3 --input-len 9"
     file = tmp_path / "x.json"
     assert main([*words.split(), "--prompts", "2", "--device", "cpu", "--json", str(file)]) == 0
     shown = capsys.readouterr().out
@@ -142,7 +142,8 @@ def test_some_real_layers_by_the_command(tmp_path, capsys):
     assert "this rank" in shown
     attrs = json.loads(file.read_text())["attrs"]
     assert attrs["config"]["num_hidden_layers"] == 2
-    assert "--weights" in attrs["command"]
+    assert f"--model {folder}" in attrs["command"]
+    assert "--shape" not in attrs["command"]
     assert main([*words.split(), "--routing", "skewed"]) == 2
     assert "a checkpoint has its own" in capsys.readouterr().err
 
