@@ -27,19 +27,24 @@ FEW_ROWS = 4096  # most rows of a pass for which tiles of 16 rows are the best
 
 @dataclass(frozen=True)
 class Tile:
-    """What one program computes: `rows` of an expert x `columns`, in steps of `depth` inputs."""
+    """What one program computes: `rows` of an expert x `columns`, in steps of `depth` inputs.
+
+    halves: an expert's last tile has half the rows where that is enough.
+    """
 
     rows: int
     columns: int
     depth: int
     warps: int
     stages: int
+    halves: bool = False
 
 
 # Chosen by measurement on an H100: notebooks/results/h100_tuning.md.
 GATE_UP_FEW = Tile(rows=16, columns=32, depth=256, warps=4, stages=3)
-GATE_UP_MANY = Tile(rows=128, columns=128, depth=64, warps=8, stages=4)
+GATE_UP_MANY = Tile(rows=128, columns=128, depth=64, warps=8, stages=4, halves=True)
 DOWN_FEW = Tile(rows=16, columns=128, depth=128, warps=4, stages=3)
+DOWN_MANY = Tile(rows=128, columns=128, depth=64, warps=4, stages=4, halves=True)
 
 
 def gate_up_swiglu(
@@ -58,11 +63,15 @@ def gate_up_swiglu(
 
 def grouped_linear(rows: Tensor, weight: Tensor, order: RowOrder, start: int) -> Tensor:
     """See grouped.grouped_linear."""
-    if rows.dtype is torch.float32 or len(rows) > FEW_ROWS:
+    is_many = len(rows) > FEW_ROWS
+    # The later passes of many rows find hardly ever one (model/experts.py), and here that takes
+    # one launch, where grouped_mm takes three.
+    if rows.dtype is torch.float32 or (is_many and start == 0):
         ends = order.ends_within(start, len(rows))
         return F.grouped_mm(rows, weight.transpose(-2, -1), offs=ends)
     output = rows.new_empty(len(rows), weight.shape[1])
-    launch(rows.contiguous(), weight, order, start, output, DOWN_FEW)
+    tile = DOWN_MANY if is_many else DOWN_FEW
+    launch(rows.contiguous(), weight, order, start, output, tile)
     return output
 
 
@@ -104,6 +113,7 @@ def launch(
         SWIGLU=features == 2 * columns,
         CLAMPS=limit is not None,
         ROWS=tile.rows,
+        HALVES=tile.halves,
         BLOCK=tile.columns,
         DEPTH=tile.depth,
         num_warps=tile.warps,
@@ -151,35 +161,74 @@ def _grouped(
     SWIGLU: tl.constexpr,
     CLAMPS: tl.constexpr,
     ROWS: tl.constexpr,
+    HALVES: tl.constexpr,
     BLOCK: tl.constexpr,
     DEPTH: tl.constexpr,
 ):
-    """One program: a tile of ROWS rows of one expert and BLOCK columns of the output."""
+    """One program: a tile of ROWS rows of one expert and BLOCK columns of the output.
+
+    HALVES: the last tile of an expert is half as high where that is enough.
+    """
     blocks: tl.constexpr = (COLUMNS + BLOCK - 1) // BLOCK
     expert, row, end = find_tile(
         tl.program_id(0) // blocks, ends_ptr, start, count, LOCAL, BLOCK_E, ROWS
     )
-    if row < end:
-        rows = row + tl.arange(0, ROWS)
-        inside = rows < end
-        source = rows - start
-        if GATHERS:
-            source = tl.load(choices_ptr + rows, mask=inside, other=0) // TOP_K
-        x_rows = x_ptr + source.to(tl.int64)[:, None] * SIZE
-        first = tl.program_id(0) % blocks * BLOCK
-        # The matrices of all experts stand one below the other; up stands below gate.
-        top = expert * (2 * COLUMNS if SWIGLU else COLUMNS) + first
-        total = tl.zeros((ROWS, BLOCK), tl.float32)
-        up = tl.zeros((ROWS, BLOCK), tl.float32)
-        for begin in range(0, SIZE, DEPTH):
-            column = begin + tl.arange(0, DEPTH)[None, :]
-            x = tl.load(x_rows + column, mask=inside[:, None] & (column < SIZE), other=0.0)
-            total = tl.dot(x, weight.load([top, begin]).T, total)
-            if SWIGLU:
-                up = tl.dot(x, weight.load([top + COLUMNS, begin]).T, up)
+    first = tl.program_id(0) % blocks * BLOCK
+    if HALVES and end - row <= ROWS // 2:
+        if row < end:
+            _multiply(
+                x_ptr, choices_ptr, weight, output_ptr, expert, row, end, first, start, limit,
+                COLUMNS, SIZE, TOP_K, GATHERS, SWIGLU, CLAMPS, ROWS // 2, BLOCK, DEPTH,
+            )  # fmt: skip
+    elif row < end:
+        _multiply(
+            x_ptr, choices_ptr, weight, output_ptr, expert, row, end, first, start, limit,
+            COLUMNS, SIZE, TOP_K, GATHERS, SWIGLU, CLAMPS, ROWS, BLOCK, DEPTH,
+        )  # fmt: skip
+
+
+@triton.jit
+def _multiply(
+    x_ptr,
+    choices_ptr,
+    weight,
+    output_ptr,
+    expert,
+    row,
+    end,
+    first,
+    start,
+    limit,
+    COLUMNS: tl.constexpr,
+    SIZE: tl.constexpr,
+    TOP_K: tl.constexpr,
+    GATHERS: tl.constexpr,
+    SWIGLU: tl.constexpr,
+    CLAMPS: tl.constexpr,
+    ROWS: tl.constexpr,
+    BLOCK: tl.constexpr,
+    DEPTH: tl.constexpr,
+):
+    """The rows from `row` on, at most ROWS and before `end`, by the expert's columns from `first`."""
+    rows = row + tl.arange(0, ROWS)
+    inside = rows < end
+    source = rows - start
+    if GATHERS:
+        source = tl.load(choices_ptr + rows, mask=inside, other=0) // TOP_K
+    x_rows = x_ptr + source.to(tl.int64)[:, None] * SIZE
+    # The matrices of all experts stand one below the other; up stands below gate.
+    top = expert * (2 * COLUMNS if SWIGLU else COLUMNS) + first
+    total = tl.zeros((ROWS, BLOCK), tl.float32)
+    up = tl.zeros((ROWS, BLOCK), tl.float32)
+    for begin in range(0, SIZE, DEPTH):
+        column = begin + tl.arange(0, DEPTH)[None, :]
+        x = tl.load(x_rows + column, mask=inside[:, None] & (column < SIZE), other=0.0)
+        total = tl.dot(x, weight.load([top, begin]).T, total)
         if SWIGLU:
-            total = swiglu_entry(total, up, limit, CLAMPS)
-        columns = first + tl.arange(0, BLOCK)[None, :]
-        place = output_ptr + (rows - start).to(tl.int64)[:, None] * COLUMNS + columns
-        kept = inside[:, None] & (columns < COLUMNS)
-        tl.store(place, total.to(output_ptr.dtype.element_ty), mask=kept)
+            up = tl.dot(x, weight.load([top + COLUMNS, begin]).T, up)
+    if SWIGLU:
+        total = swiglu_entry(total, up, limit, CLAMPS)
+    columns = first + tl.arange(0, BLOCK)[None, :]
+    place = output_ptr + (rows - start).to(tl.int64)[:, None] * COLUMNS + columns
+    kept = inside[:, None] & (columns < COLUMNS)
+    tl.store(place, total.to(output_ptr.dtype.element_ty), mask=kept)

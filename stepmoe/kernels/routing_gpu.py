@@ -28,6 +28,7 @@ def choose_experts(
     weights = torch.empty(num_tokens, top_k, dtype=torch.float32, device=logits.device)
     if num_tokens:
         block_k = max(2, triton.next_power_of_2(top_k))
+        block, rest = _two_blocks(num_experts, block_k)
         _choose[(num_tokens,)](
             logits.contiguous(),
             bias.float(),
@@ -37,11 +38,20 @@ def choose_experts(
             EXPERTS=num_experts,
             TOP_K=top_k,
             NORMALISES=normalises,
-            BLOCK=max(block_k, triton.next_power_of_2(num_experts)),
+            BLOCK=block,
+            REST=rest,
             BLOCK_K=block_k,
             num_warps=1,
         )
     return ids, weights
+
+
+def _two_blocks(num_experts: int, block_k: int) -> tuple[int, int]:
+    """How many experts to look at at once, in powers of two: 288 as 256 and 32, not as 512."""
+    whole = max(block_k, triton.next_power_of_2(num_experts))
+    half = whole // 2
+    rest = max(block_k, triton.next_power_of_2(max(1, num_experts - half)))
+    return (half, rest) if block_k <= half and rest < half else (whole, 0)
 
 
 @triton.jit
@@ -55,22 +65,16 @@ def _choose(
     TOP_K: tl.constexpr,
     NORMALISES: tl.constexpr,
     BLOCK: tl.constexpr,
+    REST: tl.constexpr,
     BLOCK_K: tl.constexpr,
 ):
-    """One program: one token."""
+    """One program: one token, the best of BLOCK experts and of the REST behind them."""
     logits_ptr += tl.program_id(0).to(tl.int64) * EXPERTS
-    expert = tl.arange(0, BLOCK)
-    inside = expert < EXPERTS
-    logits = tl.load(logits_ptr + expert, mask=inside, other=0.0).to(tl.float32)
-    biased = _sigmoid(logits) + tl.load(bias_ptr + expert, mask=inside, other=0.0)
-
-    # Score and expert in one integer, so that one top-k finds both. The bits of a float order like
-    # an integer once those of a negative one are flipped; below them, the lower expert is greater.
-    bits = biased.to(tl.int32, bitcast=True)
-    ordered = bits ^ ((bits >> 31) & 0x7FFFFFFF)
-    key = (ordered.to(tl.int64) << 32) | (BLOCK - 1 - expert).to(tl.int64)
-    key = tl.where(inside, key, -0x8000000000000000)
-    chosen = BLOCK - 1 - (tl.topk(key, BLOCK_K) & 0xFFFFFFFF).to(tl.int32)
+    best = tl.topk(_keys(logits_ptr, bias_ptr, 0, EXPERTS, BLOCK), BLOCK_K)
+    if REST:
+        others = tl.topk(_keys(logits_ptr, bias_ptr, BLOCK, EXPERTS, REST), BLOCK_K)
+        best = tl.topk(tl.reshape(tl.join(best, others), (2 * BLOCK_K,)), BLOCK_K)
+    chosen = 0x7FFFFFFF - (best & 0xFFFFFFFF).to(tl.int32)
 
     place = tl.arange(0, BLOCK_K)
     kept = place < TOP_K
@@ -81,6 +85,23 @@ def _choose(
     start = tl.program_id(0).to(tl.int64) * TOP_K
     tl.store(ids_ptr + start + place, chosen.to(tl.int64), mask=kept)
     tl.store(weights_ptr + start + place, weights * scaling_factor, mask=kept)
+
+
+@triton.jit
+def _keys(logits_ptr, bias_ptr, first, EXPERTS: tl.constexpr, BLOCK: tl.constexpr):
+    """Score and expert in one integer, so that one top-k finds both: of BLOCK experts from `first`.
+
+    The bits of a float order like an integer once those of a negative one are flipped; below them,
+    the lower expert is greater.
+    """
+    expert = first + tl.arange(0, BLOCK)
+    inside = expert < EXPERTS
+    logits = tl.load(logits_ptr + expert, mask=inside, other=0.0).to(tl.float32)
+    biased = _sigmoid(logits) + tl.load(bias_ptr + expert, mask=inside, other=0.0)
+    bits = biased.to(tl.int32, bitcast=True)
+    ordered = bits ^ ((bits >> 31) & 0x7FFFFFFF)
+    key = (ordered.to(tl.int64) << 32) | (0x7FFFFFFF - expert).to(tl.int64)
+    return tl.where(inside, key, -0x8000000000000000)
 
 
 @triton.jit
