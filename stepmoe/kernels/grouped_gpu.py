@@ -27,24 +27,20 @@ FEW_ROWS = 4096  # most rows of a pass for which tiles of 16 rows are the best
 
 @dataclass(frozen=True)
 class Tile:
-    """What one program computes: `rows` of an expert x `columns`, in steps of `depth` inputs.
-
-    halves: an expert's last tile has half the rows where that is enough.
-    """
+    """What one program computes: `rows` of an expert x `columns`, in steps of `depth` inputs."""
 
     rows: int
     columns: int
     depth: int
     warps: int
     stages: int
-    halves: bool = False
 
 
 # Chosen by measurement on an H100: notebooks/results/h100_tuning.md.
 GATE_UP_FEW = Tile(rows=16, columns=32, depth=256, warps=4, stages=3)
-GATE_UP_MANY = Tile(rows=128, columns=128, depth=64, warps=8, stages=4, halves=True)
+GATE_UP_MANY = Tile(rows=128, columns=128, depth=64, warps=8, stages=4)
 DOWN_FEW = Tile(rows=16, columns=128, depth=128, warps=4, stages=3)
-DOWN_MANY = Tile(rows=128, columns=128, depth=64, warps=4, stages=4, halves=True)
+DOWN_MANY = Tile(rows=128, columns=256, depth=64, warps=8, stages=4)
 
 
 def gate_up_swiglu(
@@ -92,6 +88,8 @@ def launch(
     """
     num_local, features, size = weight.shape
     count, columns = output.shape
+    parts = features // columns
+    matrices = weight.view(num_local * parts, columns, size)
     # An expert's last tile is partly empty, and no more experts have rows than there are rows.
     tiles = triton.cdiv(count, tile.rows) + min(num_local, count)
     blocks = triton.cdiv(columns, tile.columns)
@@ -99,7 +97,7 @@ def launch(
         x,
         order.choices,
         order.ends,
-        TensorDescriptor.from_tensor(weight.view(-1, size), [tile.columns, tile.depth]),
+        TensorDescriptor.from_tensor(matrices, [parts, tile.columns, tile.depth]),
         output,
         start,
         count,
@@ -110,10 +108,9 @@ def launch(
         BLOCK_E=triton.next_power_of_2(num_local),
         TOP_K=order.positions.shape[1],
         GATHERS=gathers,
-        SWIGLU=features == 2 * columns,
+        PARTS=parts,
         CLAMPS=limit is not None,
         ROWS=tile.rows,
-        HALVES=tile.halves,
         BLOCK=tile.columns,
         DEPTH=tile.depth,
         num_warps=tile.warps,
@@ -158,77 +155,42 @@ def _grouped(
     BLOCK_E: tl.constexpr,
     TOP_K: tl.constexpr,
     GATHERS: tl.constexpr,
-    SWIGLU: tl.constexpr,
+    PARTS: tl.constexpr,
     CLAMPS: tl.constexpr,
     ROWS: tl.constexpr,
-    HALVES: tl.constexpr,
     BLOCK: tl.constexpr,
     DEPTH: tl.constexpr,
 ):
     """One program: a tile of ROWS rows of one expert and BLOCK columns of the output.
 
-    HALVES: the last tile of an expert is half as high where that is enough.
+    An expert has one matrix, or PARTS 2: gate and up, side by side in one product, which reads the
+    rows once for both, and brought together by SwiGLU.
     """
     blocks: tl.constexpr = (COLUMNS + BLOCK - 1) // BLOCK
+    if tl.load(ends_ptr + LOCAL - 1) <= start:
+        return  # a pass without a row, found out before all that follows
     expert, row, end = find_tile(
         tl.program_id(0) // blocks, ends_ptr, start, count, LOCAL, BLOCK_E, ROWS
     )
-    first = tl.program_id(0) % blocks * BLOCK
-    if HALVES and end - row <= ROWS // 2:
-        if row < end:
-            _multiply(
-                x_ptr, choices_ptr, weight, output_ptr, expert, row, end, first, start, limit,
-                COLUMNS, SIZE, TOP_K, GATHERS, SWIGLU, CLAMPS, ROWS // 2, BLOCK, DEPTH,
-            )  # fmt: skip
-    elif row < end:
-        _multiply(
-            x_ptr, choices_ptr, weight, output_ptr, expert, row, end, first, start, limit,
-            COLUMNS, SIZE, TOP_K, GATHERS, SWIGLU, CLAMPS, ROWS, BLOCK, DEPTH,
-        )  # fmt: skip
-
-
-@triton.jit
-def _multiply(
-    x_ptr,
-    choices_ptr,
-    weight,
-    output_ptr,
-    expert,
-    row,
-    end,
-    first,
-    start,
-    limit,
-    COLUMNS: tl.constexpr,
-    SIZE: tl.constexpr,
-    TOP_K: tl.constexpr,
-    GATHERS: tl.constexpr,
-    SWIGLU: tl.constexpr,
-    CLAMPS: tl.constexpr,
-    ROWS: tl.constexpr,
-    BLOCK: tl.constexpr,
-    DEPTH: tl.constexpr,
-):
-    """The rows from `row` on, at most ROWS and before `end`, by the expert's columns from `first`."""
-    rows = row + tl.arange(0, ROWS)
-    inside = rows < end
-    source = rows - start
-    if GATHERS:
-        source = tl.load(choices_ptr + rows, mask=inside, other=0) // TOP_K
-    x_rows = x_ptr + source.to(tl.int64)[:, None] * SIZE
-    # The matrices of all experts stand one below the other; up stands below gate.
-    top = expert * (2 * COLUMNS if SWIGLU else COLUMNS) + first
-    total = tl.zeros((ROWS, BLOCK), tl.float32)
-    up = tl.zeros((ROWS, BLOCK), tl.float32)
-    for begin in range(0, SIZE, DEPTH):
-        column = begin + tl.arange(0, DEPTH)[None, :]
-        x = tl.load(x_rows + column, mask=inside[:, None] & (column < SIZE), other=0.0)
-        total = tl.dot(x, weight.load([top, begin]).T, total)
-        if SWIGLU:
-            up = tl.dot(x, weight.load([top + COLUMNS, begin]).T, up)
-    if SWIGLU:
-        total = swiglu_entry(total, up, limit, CLAMPS)
-    columns = first + tl.arange(0, BLOCK)[None, :]
-    place = output_ptr + (rows - start).to(tl.int64)[:, None] * COLUMNS + columns
-    kept = inside[:, None] & (columns < COLUMNS)
-    tl.store(place, total.to(output_ptr.dtype.element_ty), mask=kept)
+    if row < end:
+        rows = row + tl.arange(0, ROWS)
+        inside = rows < end
+        source = rows - start
+        if GATHERS:
+            source = tl.load(choices_ptr + rows, mask=inside, other=0) // TOP_K
+        x_rows = x_ptr + source.to(tl.int64)[:, None] * SIZE
+        first = tl.program_id(0) % blocks * BLOCK
+        total = tl.zeros((ROWS, PARTS * BLOCK), tl.float32)
+        for begin in range(0, SIZE, DEPTH):
+            column = begin + tl.arange(0, DEPTH)[None, :]
+            x = tl.load(x_rows + column, mask=inside[:, None] & (column < SIZE), other=0.0)
+            matrix = weight.load([PARTS * expert, first, begin])
+            total = tl.dot(x, tl.reshape(matrix, (PARTS * BLOCK, DEPTH)).T, total)
+        if PARTS == 2:
+            side_by_side = tl.permute(tl.reshape(total, (ROWS, 2, BLOCK)), (0, 2, 1))
+            gate, up = tl.split(side_by_side)
+            total = swiglu_entry(gate, up, limit, CLAMPS)
+        columns = first + tl.arange(0, BLOCK)[None, :]
+        place = output_ptr + (rows - start).to(tl.int64)[:, None] * COLUMNS + columns
+        kept = inside[:, None] & (columns < COLUMNS)
+        tl.store(place, total.to(output_ptr.dtype.element_ty), mask=kept)

@@ -63,9 +63,14 @@ def absorb(
         seen = distance >= 0
         if WINDOW:
             seen = seen & (distance < WINDOW)
-        scores = tl.where(seen, scores, HIDDEN)
-    higher = tl.maximum(top, tl.max(scores, 1) * scale)
-    weights = tl.exp2(scores * scale - higher[:, None])
+        # Scaled before and not after: a row that sees nothing here has HIDDEN for its maximum, and
+        # the difference of a fused HIDDEN * scale - maximum is no zero, but what rounding left.
+        scores = tl.where(seen, scores * scale, HIDDEN)
+        higher = tl.maximum(top, tl.max(scores, 1))
+        weights = tl.exp2(scores - higher[:, None])
+    else:
+        higher = tl.maximum(top, tl.max(scores, 1) * scale)
+        weights = tl.exp2(scores * scale - higher[:, None])
     keep = tl.exp2(top - higher)
     values = tl.load(
         values_ptr + slot[:, None].to(tl.int64) * values_stride + entry, there, other=0.0

@@ -18,7 +18,7 @@ from stepmoe.kernels.permute import RowOrder
 _FEW = 2048  # choices up to which comparing all pairs is the fastest
 _COMPARED = 256  # choices that one step compares with the program's own
 _OWN = 16
-_BLOCK = 128  # choices of one program where there are many
+_BLOCK = 64  # choices of one program where there are many
 
 
 def sort_by_expert(topk_ids: Tensor, first_expert: int, num_local: int) -> RowOrder:
@@ -38,7 +38,7 @@ def sort_by_expert(topk_ids: Tensor, first_expert: int, num_local: int) -> RowOr
     # One more expert: the choices of all that other ranks hold, which stand behind the rows.
     counts = torch.empty(num_local + 1, blocks, dtype=torch.int32, device=device)
     totals = torch.empty(num_local + 1, dtype=torch.int32, device=device)
-    size = {"BLOCK_E": triton.next_power_of_2(num_local + 1), "BLOCK": _BLOCK, "num_warps": 8}
+    size = {"BLOCK_E": triton.next_power_of_2(num_local + 1), "BLOCK": _BLOCK, "num_warps": 2}
     _count[(blocks,)](*given, counts, **size)
     _add_up[(num_local + 1,)](counts, totals, blocks, BLOCK=triton.next_power_of_2(blocks))
     _place[(blocks,)](*given, counts, totals, *made, **size)
