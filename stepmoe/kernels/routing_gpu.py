@@ -7,6 +7,8 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+LOWEST = tl.constexpr(-0x80000000)  # below the key of every score
+
 
 def compute_logits(hidden_states: Tensor, weight: Tensor) -> Tensor:
     """See routing.compute_logits.
@@ -28,7 +30,7 @@ def choose_experts(
     weights = torch.empty(num_tokens, top_k, dtype=torch.float32, device=logits.device)
     if num_tokens:
         block_k = max(2, triton.next_power_of_2(top_k))
-        block, rest = _two_blocks(num_experts, block_k)
+        block, rest = _two_blocks(num_experts)
         _choose[(num_tokens,)](
             logits.contiguous(),
             bias.float(),
@@ -46,12 +48,10 @@ def choose_experts(
     return ids, weights
 
 
-def _two_blocks(num_experts: int, block_k: int) -> tuple[int, int]:
-    """How many experts to look at at once, in powers of two: 288 as 256 and 32, not as 512."""
-    whole = max(block_k, triton.next_power_of_2(num_experts))
-    half = whole // 2
-    rest = max(block_k, triton.next_power_of_2(max(1, num_experts - half)))
-    return (half, rest) if block_k <= half and rest < half else (whole, 0)
+def _two_blocks(num_experts: int) -> tuple[int, int]:
+    """Two powers of two that hold them, for less padding than one: 288 are 256 and 32, not 512."""
+    half = max(1, triton.next_power_of_2(num_experts) // 2)
+    return half, triton.next_power_of_2(max(1, num_experts - half))
 
 
 @triton.jit
@@ -70,13 +70,21 @@ def _choose(
 ):
     """One program: one token, the best of BLOCK experts and of the REST behind them."""
     logits_ptr += tl.program_id(0).to(tl.int64) * EXPERTS
-    best = tl.topk(_keys(logits_ptr, bias_ptr, 0, EXPERTS, BLOCK), BLOCK_K)
-    if REST:
-        others = tl.topk(_keys(logits_ptr, bias_ptr, BLOCK, EXPERTS, REST), BLOCK_K)
-        best = tl.topk(tl.reshape(tl.join(best, others), (2 * BLOCK_K,)), BLOCK_K)
-    chosen = 0x7FFFFFFF - (best & 0xFFFFFFFF).to(tl.int32)
-
     place = tl.arange(0, BLOCK_K)
+    expert = tl.arange(0, BLOCK)
+    other_expert = BLOCK + tl.arange(0, REST)
+    key = _ordered(logits_ptr, bias_ptr, expert, EXPERTS)
+    other_key = _ordered(logits_ptr, bias_ptr, other_expert, EXPERTS)
+    chosen = tl.zeros((BLOCK_K,), tl.int32)
+    for k in tl.static_range(TOP_K):
+        highest = tl.maximum(tl.max(key, 0), tl.max(other_key, 0))
+        first = tl.min(tl.where(key == highest, expert, EXPERTS), 0)
+        other_first = tl.min(tl.where(other_key == highest, other_expert, EXPERTS), 0)
+        best = tl.minimum(first, other_first)
+        chosen = tl.where(place == k, best, chosen)
+        key = tl.where(expert == best, LOWEST, key)
+        other_key = tl.where(other_expert == best, LOWEST, other_key)
+
     kept = place < TOP_K
     logit = tl.load(logits_ptr + chosen, mask=kept, other=-float("inf"))
     weights = _sigmoid(logit.to(tl.float32))
@@ -88,20 +96,16 @@ def _choose(
 
 
 @triton.jit
-def _keys(logits_ptr, bias_ptr, first, EXPERTS: tl.constexpr, BLOCK: tl.constexpr):
-    """Score and expert in one integer, so that one top-k finds both: of BLOCK experts from `first`.
+def _ordered(logits_ptr, bias_ptr, expert, EXPERTS: tl.constexpr):
+    """The biased scores of these experts as integers of the same order, also where one is NaN.
 
-    The bits of a float order like an integer once those of a negative one are flipped; below them,
-    the lower expert is greater.
+    The bits of a float order like an integer once those of a negative one are flipped.
     """
-    expert = first + tl.arange(0, BLOCK)
     inside = expert < EXPERTS
     logits = tl.load(logits_ptr + expert, mask=inside, other=0.0).to(tl.float32)
     biased = _sigmoid(logits) + tl.load(bias_ptr + expert, mask=inside, other=0.0)
     bits = biased.to(tl.int32, bitcast=True)
-    ordered = bits ^ ((bits >> 31) & 0x7FFFFFFF)
-    key = (ordered.to(tl.int64) << 32) | (0x7FFFFFFF - expert).to(tl.int64)
-    return tl.where(inside, key, -0x8000000000000000)
+    return tl.where(inside, bits ^ ((bits >> 31) & 0x7FFFFFFF), LOWEST)
 
 
 @triton.jit
