@@ -11,9 +11,9 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from stepmoe.comm import wire
-from stepmoe.comm.fusion import Choice, fusion_of
+from stepmoe.comm.fusion import FINALIZE, Choice, Rows, Unsummed, fusion_of
 from stepmoe.comm.groups import RankGroup
-from stepmoe.comm.ledger import Entry, record
+from stepmoe.comm.ledger import Entry, note, record
 from stepmoe.comm.placement import PARTIAL, REPLICATE, TOKEN_SHARD, Placed
 from stepmoe.errors import ConfigError, PlacementError
 from stepmoe.kernels.norm import add_gemma_rms_norm
@@ -103,13 +103,17 @@ class Communicator:
         """
         self._expect_partial(partial, "all_reduce_add_rms_norm")
         residual.replicated("all_reduce_add_rms_norm")
+        rows = self._rows(partial, weight)
         tensor, addend = partial.take_over(), residual.take_over()
         done = partial.with_(tensor, REPLICATE)
         partial.fate.spent = True
-        choice = self._simulated or self._choose(tensor, weight)
+        choice = self._simulated or (FINALIZE if rows else self._choose(tensor, weight))
         entry = self._entry("all_reduce_add_rms_norm", done, tensor, site, choice)
         with record(entry, tensor.device, self.group):
-            if choice.implementation in ("unfused", "simulated"):
+            if rows:
+                finalize = fusion_of(self.group).finalize
+                normed, total = finalize(rows, tensor, addend, weight, eps)
+            elif choice.implementation in ("unfused", "simulated"):
                 if self.group.size > 1:
                     wire.all_reduce(tensor, self.group)
                 normed, total = add_gemma_rms_norm(tensor, addend, weight, eps)
@@ -131,6 +135,16 @@ class Communicator:
         if self.group.size == 1:
             return Choice("unfused", "one rank: there is no sum to complete")
         return fusion_of(self.group).choose(self.group, partial, weight)
+
+    def _rows(self, partial: Placed, weight: Tensor) -> Rows | None:
+        """Experts' rows for the kernel that also adds these up; None if it is not to run."""
+        if not isinstance(partial, Unsummed) or self.group.size == 1 or self._simulated:
+            return None
+        assert partial.held is not None
+        if why := fusion_of(self.group).why_no_finalize(self.group, partial.held, weight):
+            note(f"experts' rows were summed before the all-reduce: moe-finalize {why}")
+            return None
+        return partial.take_rows()
 
     def _expect_own_group(self, placed: Placed, op: str) -> None:
         if placed.group != self.group:

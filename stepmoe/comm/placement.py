@@ -10,7 +10,7 @@ The check compares Python objects: it sends nothing and touches no tensor.
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 from enum import Enum
 
 from torch import Tensor
@@ -86,12 +86,10 @@ class Placed:
         """The same tokens of the same layer with another value, placement or name."""
         placement = placement or self.placement
         is_same = tensor is self.held and placement is self.placement
-        return replace(
-            self,
-            held=tensor,
-            placement=placement,
-            name=name or self.name,
-            fate=self.fate if is_same else Fate(),
+        fate = self.fate if is_same else Fate()
+        # Not `replace`: what a subclass has pending belongs to the old value.
+        return Placed(
+            tensor, placement, self.group, self.num_tokens, name or self.name, self.layer, fate
         )
 
     def complete(self, operation: str) -> Placed:

@@ -6,9 +6,11 @@ window.py           memory that every rank of a group can read
 triton_path.py      stepmoe.kernels.all_reduce_norm_gpu over such a window
 flashinfer_path.py  FlashInfer's kernel over its own workspace
 dispatch.py         what a Communicator calls
+finalize.py         an extra: FlashInfer's kernel that also sums the experts' rows
 """
 
 from stepmoe.comm.fusion.dispatch import IMPLEMENTATIONS, Fusion, force, fusion_of
+from stepmoe.comm.fusion.finalize import FINALIZE, FINALIZE_MAX_TOKENS, Rows, Unsummed
 from stepmoe.comm.fusion.gate import (
     GATES,
     ONE_SHOT_MAX_BYTES,
@@ -22,6 +24,8 @@ from stepmoe.comm.fusion.gate import (
 )
 
 __all__ = [
+    "FINALIZE",
+    "FINALIZE_MAX_TOKENS",
     "GATES",
     "IMPLEMENTATIONS",
     "ONE_SHOT_MAX_BYTES",
@@ -32,6 +36,8 @@ __all__ = [
     "Gate",
     "Place",
     "Requirement",
+    "Rows",
+    "Unsummed",
     "choose",
     "force",
     "fusion_of",

@@ -11,6 +11,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
+from stepmoe.comm.fusion.finalize import FinalizePath, Rows, why_not
 from stepmoe.comm.fusion.flashinfer_path import FlashInferPath
 from stepmoe.comm.fusion.gate import (
     REQUIREMENTS,
@@ -34,6 +35,7 @@ IMPLEMENTATIONS = (
     "flashinfer one-shot",
     "flashinfer two-shot",
 )
+_PATHS = {"triton": TritonPath, "flashinfer": FlashInferPath, "finalize": FinalizePath}
 _SHOTS = {"one-shot": 1, "two-shot": 2, "": None}
 
 _forced: str | None = None
@@ -67,6 +69,7 @@ class Fusion:
         self._refused: dict[str, str] = {}
         self._paths: dict[tuple[str, int, torch.dtype], Any] = {}
         self._known: dict[tuple[Any, ...], Choice] = {}
+        self._no_finalize: dict[tuple[Any, ...], str] = {}
 
     def choose(self, group: RankGroup, partial: Tensor, weight: Tensor) -> Choice:
         """The implementation for these (T, D) and (D,) tensors, ready to run on every rank.
@@ -99,6 +102,23 @@ class Fusion:
             partial.contiguous(), residual.contiguous(), weight, eps, shots
         )
         return result
+
+    def why_no_finalize(self, group: RankGroup, partial: Tensor, weight: Tensor) -> str:
+        """Why `finalize` cannot run for such tensors; empty if it can. All ranks call it together,
+        as they do `choose`."""
+        key = (_forced, partial.shape, partial.dtype)
+        if key not in self._no_finalize:
+            self._place = self._place or find_place(group, partial.device)
+            why = why_not(self._place, partial, _forced)
+            self._no_finalize[key] = why or self._prepare(group, partial, weight, "finalize")
+        return self._no_finalize[key]
+
+    def finalize(
+        self, rows: Rows, shared: Tensor, residual: Tensor, weight: Tensor, eps: float
+    ) -> tuple[Tensor, Tensor]:
+        """FinalizePath.finalize, after `why_no_finalize` had nothing against it."""
+        path: FinalizePath = self._path("finalize", shared)
+        return path.finalize(rows, shared, residual, weight, eps)
 
     def _own_choice(self, group: RankGroup, partial: Tensor, weight: Tensor) -> Choice:
         assert self._place is not None
@@ -143,7 +163,7 @@ class Fusion:
     def _path(self, name: str, partial: Tensor) -> Any:
         kind = (name, partial.shape[1], partial.dtype)
         if kind not in self._paths:
-            self._paths[kind] = TritonPath() if name == "triton" else FlashInferPath()
+            self._paths[kind] = _PATHS[name]()
         return self._paths[kind]
 
 

@@ -13,15 +13,15 @@ from torch import Tensor
 from stepmoe.comm.fusion.vote import first_problem
 from stepmoe.comm.groups import RankGroup
 
-#: Rows of a group's first workspace, sglang's limit; more where a call needs more.
-FIRST_CAPACITY = 2048
-
 
 class FlashInferPath:
     """FlashInfer's workspace of one hidden size and dtype: sized once, grown where a call needs it.
 
     A workspace that became too small is kept, because a captured CUDA graph may still use it.
     """
+
+    #: Rows of a group's first workspace, sglang's limit; more where a call needs more.
+    first_capacity = 2048
 
     def __init__(self) -> None:
         self.workspaces: list[Any] = []
@@ -42,7 +42,7 @@ class FlashInferPath:
                 f"the fused all-reduce of {num_tokens} tokens needs a larger workspace, which a "
                 "CUDA graph cannot capture: run the same call once before the capture"
             )
-        capacity = FIRST_CAPACITY
+        capacity = self.first_capacity
         while capacity < num_tokens:
             capacity *= 2
         if agreed := first_problem(group, _problem(group, capacity, partial)):
