@@ -174,7 +174,8 @@ def sensitivity(
 def compute_of_run(frame: pd.DataFrame) -> dict[str, Compute]:
     """Each variant's compute out of what `compare_throughput` measured on a simulated rank: its
     prefill steps without the time of what stood in for the collectives (which is not known
-    of decode steps, replayed from a CUDA graph)."""
+    of decode steps, replayed from a CUDA graph). Of replayed prefill steps that is the same time,
+    and at most a launch for each copy, some µs, too much."""
     attrs = frame.attrs
     held = "FP8 weights" if attrs.get("quantization") else attrs["dtype"]
     where = f"{attrs['hardware']['gpus'][0]}, {held}, one rank of {attrs['parallel']['tp']}"

@@ -65,6 +65,8 @@ def register(subparsers: argparse._SubParsersAction[argparse.ArgumentParser]) ->
     add("--seed", type=int, default=0, metavar="N", help="of weights and prompts (default: 0)")
     kept = "hold the weights of attention, MLPs and experts in FP8 and compute with them"
     add("--quantization", choices=("fp8",), help=f"{kept} (default: all in --dtype)")
+    launched = "let the host launch every step, also where CUDA graphs could be replayed"
+    add("--eager", action="store_true", help=launched)
     command.add_arguments(parser, _RANKS, "the shape's own")
     parser.set_defaults(run=_run)
 
@@ -102,6 +104,7 @@ def _checked(args: argparse.Namespace) -> dict[str, Any]:
         "layers": layers,
         "seed": args.seed,
         "quantization": args.quantization,
+        "eager": args.eager,
     }
     plan = ThroughputPlan.of(**arguments)
     check_memory(plan.config, plan.parallel, plan.dtype, args.device, plan.quantization)
@@ -125,6 +128,8 @@ def _give(args: argparse.Namespace, arguments: dict[str, Any], frame: pd.DataFra
     for name in ("decode", "routing", "quantization"):
         if value := getattr(args, name):
             options[name] = value if isinstance(value, list) else [value]
+    if args.eager:
+        options["eager"] = []
     if args.model:
         del options["shape"]
         options["model"] = [command.shown_folder(args.model)]

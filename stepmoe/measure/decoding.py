@@ -1,4 +1,4 @@
-"""Decode steps of every variant, in turn: on a GPU replayed from CUDA graphs."""
+"""Decode steps of every variant, in turn: on a GPU from CUDA graphs, unless the plan is eager."""
 
 from __future__ import annotations
 
@@ -37,7 +37,7 @@ def decode_in_turn(
     kinds: dict[str, StepTimes] = {}
     runs: dict[str, Callable[[], object]] = {}
     for name, model in models.items():
-        graph = graph_for(model, batch, capacity, cache)
+        graph = None if plan.eager else graph_for(model, batch, capacity, cache)
         runs[name] = partial(_step, model, graph, cache, tokens)
         kinds[name] = StepTimes("decode", batch, 1, work.context, is_graph=graph is not None)
         cache.clear()
@@ -47,17 +47,17 @@ def decode_in_turn(
     _fill(cache, plan.seed)
     for number in range(work.decode_steps):
         for name in plan.order(number):
-            _move_to(cache, work.context + number)
+            cache.move_to(work.context + number)
             kinds[name].seconds.append(time_call(runs[name], device, group))
     for name, steps in kinds.items():
         if steps.is_graph:
-            move = partial(_move_to, cache, work.context)
+            move = partial(cache.move_to, work.context)
             steps.splits, steps.remark = split_replays(
                 runs[name], move, device, group, SPLITS, sum(steps.counts.values())
             )
             continue
         for _ in range(SPLITS):
-            _move_to(cache, work.context)
+            cache.move_to(work.context)
             steps.splits.append(split_call(runs[name], device, group)[0])
     for model in models.values():
         model.decode_graph = None  # the next batch needs its memory
@@ -68,12 +68,6 @@ def _step(
     model: Step3p5ForCausalLM, graph: DecodeGraph | None, cache: KVCache, tokens: Tensor
 ) -> object:
     return graph.step(tokens) if graph else next_tokens(model, tokens, cache)
-
-
-def _move_to(cache: KVCache, position: int) -> None:
-    """Let the cache hold `position` tokens, whatever is in its slots."""
-    cache.clear()
-    cache.advance(position)
 
 
 def _fill(cache: KVCache, seed: int) -> None:

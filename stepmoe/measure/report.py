@@ -140,6 +140,8 @@ def throughput_table(frame: pd.DataFrame) -> str:
         head += ("wait", "tokens/s", "peak GiB", "collectives", "MiB sent", f"against {BASELINE}")
         lines = [_throughput_line(row, factor) for row in rows]
         graph = ", replayed from a CUDA graph" if rows[0]["is_graph"] else ""
+        if graph and rows[0]["phase"] == "prefill":
+            graph += "; compute, communicate, wait: of steps launched by the host"
         described = f"{_described(rows[0])}, {rows[0]['steps']} steps{graph}"
         blocks.append(f"{described}\n{aligned([head, *lines])}")
     attrs = frame.attrs

@@ -5,7 +5,6 @@ from __future__ import annotations
 import resource
 import sys
 from dataclasses import dataclass
-from functools import partial
 
 import torch
 from torch import Tensor
@@ -18,10 +17,11 @@ from stepmoe.launch import progress, rank_device
 from stepmoe.measure.chip import measure_chip
 from stepmoe.measure.decoding import decode_in_turn
 from stepmoe.measure.environment import Place, look_around
-from stepmoe.measure.rounds import share_weights, split_call, time_call
+from stepmoe.measure.prefilling import Prefills, prompts_of
+from stepmoe.measure.rounds import share_weights, split_call
 from stepmoe.measure.source import load
 from stepmoe.measure.step_times import SPLITS, StepTimes
-from stepmoe.measure.workload import Batch, ThroughputPlan
+from stepmoe.measure.workload import ThroughputPlan
 from stepmoe.mini.load import RouterLoad
 from stepmoe.roofline import Chip
 
@@ -36,8 +36,8 @@ class RankThroughput:
 
     Attributes:
         steps: variant to its kinds of steps.
-        memory: variant to peak bytes: on a GPU of its allocator while the variant ran, elsewhere of
-            the process up to then.
+        memory: variant to peak bytes: on a GPU of its allocator while the variant ran and was
+            captured, elsewhere of the process up to then.
         weights: bytes of this rank's weights, which the variants share.
         chip: of a GPU, what it can do at best; None elsewhere.
         load: (layers, experts) tokens that each MoE layer's router sent to each expert in one step.
@@ -72,13 +72,21 @@ def run_workload(plan: ThroughputPlan) -> RankThroughput:
         quantization=plan.quantization and {"weights": "fp8", **fp8_kernels(device, plan.dtype)},
     )
     batches = plan.workload.batches
+    prefills = Prefills(plan, next(iter(models.values())))
+    for name, model in models.items():
+        peak = _Peak(device)
+        with Ledger() as ledger:
+            record.steps[name][0].is_graph = prefills.capture(name, model)
+        record.memory[name] = peak.bytes()
+        record.notes += [note for note in ledger.notes if note not in record.notes]
     for turn in progress(range(-plan.workload.warmup, len(batches)), desc="prefill"):
         for name in plan.order(turn):
             peak = _Peak(device)
-            seconds = _prefill(models[name], plan, batches[max(turn, 0)], turn)
+            seconds = prefills.run(name, models[name], batches[max(turn, 0)], turn)
             record.memory[name] = max(record.memory[name], peak.bytes())
             if turn >= 0:
                 record.steps[name][0].seconds += seconds
+    del prefills  # decode steps need its memory
     for size in plan.workload.decode:
         for name, steps in decode_in_turn(models, plan, size).items():
             record.steps[name].append(steps)
@@ -112,38 +120,11 @@ def build_models(plan: ThroughputPlan, device: torch.device) -> dict[str, Step3p
     return models
 
 
-def _ids(plan: ThroughputPlan, batch: Batch, turn: int) -> Tensor:
-    """Random prompts (prompts, input_len), on every rank the same, others in every turn."""
-    random = torch.Generator().manual_seed(plan.seed + 1000 + turn)
-    shape = (batch.prompts, plan.workload.input_len)
-    return torch.randint(plan.config.vocab_size, shape, generator=random)
-
-
-def _prefill(
-    model: Step3p5ForCausalLM, plan: ThroughputPlan, batch: Batch, turn: int
-) -> list[float]:
-    """Seconds of every prefill step of a batch, then of the decode steps that follow."""
-    work, group = plan.workload, model.comm.group
-    device = model.lm_head.weight.device
-    parts = _ids(plan, batch, turn).to(device).split(batch.length, dim=1)
-    cache, seconds = model.new_cache(work.input_len + work.output_len - 1), []
-    new = parts[-1][:, -1:]
-
-    def run(tokens: Tensor) -> None:
-        nonlocal new
-        new = next_tokens(model, tokens, cache)
-
-    for part in parts:
-        seconds.append(time_call(partial(run, part), device, group))
-    for _ in range(work.output_len - 1):
-        seconds.append(time_call(partial(run, new), device, group))
-    return seconds
-
-
 def _watch(model: Step3p5ForCausalLM, plan: ThroughputPlan) -> tuple[StepTimes, Tensor, list[str]]:
-    """The first step with a ledger open and the router's choices counted; then split."""
+    """The first step with a ledger open and the router's choices counted; then split. Launched by
+    the host, however the timed ones are: no clock can be read within a graph."""
     batch = plan.workload.batches[0]
-    ids = _ids(plan, batch, 0)[:, : batch.length].to(model.lm_head.weight.device)
+    ids = prompts_of(plan, batch, 0)[:, : batch.length].to(model.lm_head.weight.device)
     steps = StepTimes("prefill", batch.prompts, batch.length, 0)
     next_tokens(model, ids, model.new_cache(batch.length))  # compiles and loads what there is
     counter = RouterLoad(model)

@@ -23,10 +23,12 @@ class StepTimes:
         batch, length, context: sequences, new tokens of each, tokens that were in the cache.
         seconds: of every step, in order.
         counts, sent: collectives of one step, by kind, and {(op, bytes): how many}.
-        stand_in: seconds of one step that the stand-ins for a simulated rank's collectives took: a
-            real rank has the collectives' time instead. 0 on a real rank. NaN where a CUDA graph
-            replays them: nothing times them there, and their copies count as compute.
-        is_graph: decode steps that were replayed from a CUDA graph.
+        stand_in: seconds of one step that the copies which stand in for a simulated rank's
+            collectives took: a real rank has the collectives' time instead. 0 on a real rank, and
+            of sums, for which nothing stands in. NaN in decode where a CUDA graph replays them:
+            nothing times them there, and they count as compute. In prefill they are timed in a
+            step launched by the host, whose launches, some µs each, are then in it.
+        is_graph: steps that were replayed from a CUDA graph; of prefill, the full ones.
         splits: where the time of some such steps went, timed apart.
         remark: why there are none.
     """
@@ -45,16 +47,18 @@ class StepTimes:
     remark: str = ""
 
     def note(self, ledger: Ledger) -> None:
-        """Keep what one such step sent."""
+        """Keep what one such step sent; of prefill, one launched by the host."""
         self.counts, self.bytes_sent = ledger.counts(), ledger.bytes_sent()
         self.sent = dict(Counter((entry.op, entry.bytes) for entry in ledger.entries))
-        # What the fused operation adds and normalises, a real rank does too.
+        # A sum stays as it is, so its seconds are the ledger's own clock; and what the fused
+        # operation adds and normalises, a real rank does too.
         times = [
             entry.seconds
             for entry in ledger.entries
-            if entry.implementation == "simulated" and entry.op != "all_reduce_add_rms_norm"
+            if entry.implementation == "simulated" and entry.op in ("all_gather", "reduce_scatter")
         ]
-        self.stand_in = float("nan") if times and self.is_graph else sum(times)
+        untimed = self.is_graph and self.phase == "decode"
+        self.stand_in = float("nan") if times and untimed else float(sum(times))
 
 
 def mean_parts(ranks: Sequence[StepTimes]) -> dict[str, float]:

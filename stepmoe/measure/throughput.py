@@ -39,12 +39,15 @@ def compare_throughput(
     layers: tuple[int, ...] | None = None,
     seed: int = 0,
     quantization: Quantization = None,
+    eager: bool = False,
     timeout: float | None = 600,
 ) -> pd.DataFrame:
     """Run a workload of random prompts with every variant, on the same ranks and weights.
 
     The variants take turns, a batch of prompts each. A step's time is that of the rank that took
-    longest; the host waits for the GPU between steps, which a serving engine need not.
+    longest; the host waits for the GPU between steps, which a serving engine need not. Where the
+    GPU need not wait for the host, as with a serving engine, it does not: in bfloat16 with Triton
+    and a GPU for each rank, full prefill steps and decode steps are replayed from CUDA graphs.
 
     One row a variant and kind of step, times in seconds:
         variant, phase ("prefill", "decode"), batch, length, context: sequences, new tokens of each,
@@ -56,15 +59,21 @@ def compare_throughput(
             the interval of `attrs["method"]`: a round is a batch of prompts, or one decode step.
             NaN where that variant was not measured, or there were fewer than 6 rounds.
         compute, communication, waiting: the mean rank's parts of a step, medians of some steps
-            timed apart: with meetings of the ranks before each collective, or, where a CUDA graph
-            is replayed, by profiler. NaN where the profiler did not see enough (`attrs["notes"]`).
-            What a fused collective computes counts as communication.
+            timed apart: with meetings of the ranks before each collective, or, where a decode step
+            is replayed from a CUDA graph, by profiler. NaN where the profiler did not see enough
+            (`attrs["notes"]`). What a fused collective computes counts as communication. Those of
+            prefill are of steps launched by the host, and can exceed a replayed `median`.
         counts, collectives, bytes_sent: of one step and rank, as in sm.Ledger; sent: the same as a
             list of {"op", "bytes", "count"}.
-        memory, weights: peak and weights of the rank that holds most, in bytes.
-        stand_in: seconds of a step that the stand-ins for a simulated rank's collectives take. NaN
-            where a CUDA graph replays them: their copies are then in `median` and in `compute`.
-        is_graph: whether decode steps were replayed from a CUDA graph.
+        memory, weights: peak and weights of the rank that holds most, in bytes. A replayed prefill
+            step counts with what it took while it was captured, which its graph keeps.
+        stand_in: seconds of a step that the copies which stand in for a simulated rank's
+            collectives take, and which are in `median`; in prefill by a step launched by the host,
+            where each is a launch, some µs, longer than in a graph. NaN in decode where a CUDA
+            graph replays them: they are then in `compute` as well.
+        is_graph: whether the steps of `median` were replayed from a CUDA graph: all decode steps,
+            or all full prefill steps. Others of prefill, shorter or of fewer prompts, and the
+            decode steps of `output_len`, were launched by the host.
     `attrs` holds hardware, "chip" (a GPU's measured rates), versions, dtype, seed, date, parallel,
     config, workload, every step's time ("samples"), the ledgers' remarks ("notes"), and "routing":
     what was asked, "busiest": the busiest expert over the mean, averaged over layers, "own_share":
@@ -79,6 +88,7 @@ def compare_throughput(
             own.
         layers: only these decoder layers.
         quantization: "fp8" for weights that stay in FP8, as in Step3p5ForCausalLM.from_pretrained.
+        eager: let the host launch every step, also where CUDA graphs could be replayed.
 
     Raises:
         ConfigError: what cannot be run, before anything is.
@@ -90,7 +100,7 @@ def compare_throughput(
     check_world(parallel, ranks)
     work = workload or Workload()
     plan = ThroughputPlan.of(
-        source, variants, work, parallel, dtype, routing, layers, seed, quantization
+        source, variants, work, parallel, dtype, routing, layers, seed, quantization, eager
     )
     records = run_everywhere(ranks, timeout, run_workload, plan)
     rows, samples = [], []

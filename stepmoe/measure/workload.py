@@ -88,6 +88,7 @@ class ThroughputPlan:
 
     Attributes:
         routing: None with a checkpoint, whose router is kept as it is.
+        eager: let the host launch every step, also where CUDA graphs could be replayed.
     """
 
     source: Source
@@ -100,6 +101,7 @@ class ThroughputPlan:
     layers: tuple[int, ...] | None
     seed: int
     quantization: Quantization = None
+    eager: bool = False
 
     @classmethod
     def of(
@@ -113,6 +115,7 @@ class ThroughputPlan:
         layers: tuple[int, ...] | None,
         seed: int,
         quantization: Quantization = None,
+        eager: bool = False,
     ) -> ThroughputPlan:
         """Raise ConfigError, naming the value, for what cannot be run; starts nothing."""
         config = config_of(source, layers)
@@ -138,7 +141,17 @@ class ThroughputPlan:
         seed = whole_number("seed", seed, least=0)
         named = {name: layer_class(name) for name in variants}
         return cls(
-            source, config, named, workload, parallel, dtype, routing, layers, seed, quantization
+            source,
+            config,
+            named,
+            workload,
+            parallel,
+            dtype,
+            routing,
+            layers,
+            seed,
+            quantization,
+            eager,
         )
 
     def order(self, turn: int) -> list[str]:

@@ -134,6 +134,11 @@ class KVCache:
         self.length = 0
         self.position.zero_()
 
+    def move_to(self, length: int) -> None:
+        """Let it hold `length` tokens, whatever is in its slots."""
+        self.clear()
+        self.advance(length)
+
     def copy(self, rows: Tensor | None = None) -> KVCache:
         """A cache of the same tokens in memory of its own, which may go on differently.
 

@@ -143,7 +143,8 @@ def step_terms(
     """A prefill step of each variant: its parts and the whole (ms), and tokens a second.
 
     Args:
-        frame: of compare_throughput on all ranks.
+        frame: of compare_throughput on all ranks. Its parts are of steps launched by the host, also
+            where the whole ones were replayed from CUDA graphs.
         compute: what the prediction took for one rank's compute, by variant; variants without are
             left out.
         fitted: None where no link was.

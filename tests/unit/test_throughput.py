@@ -2,15 +2,19 @@
 
 import json
 import math
+from typing import ClassVar
 
 import pytest
 import torch
 
 import stepmoe as sm
 from stepmoe.__main__ import main
-from stepmoe.measure import Workload, compare_throughput, decoding, load, save
+from stepmoe.generation import StepGraph, next_tokens
+from stepmoe.measure import Workload, compare_throughput, decoding, load, prefilling, save
+from stepmoe.measure.report import throughput_table
 from stepmoe.measure.step_times import StepTimes
 from stepmoe.measure.workload import Batch
+from stepmoe.predict import compute_of_run
 
 TINY = sm.Step3p5Config.tiny()
 ALONE = sm.ParallelConfig(4, 2, simulate_rank=1)
@@ -80,10 +84,15 @@ def test_what_it_sends_is_what_a_ledger_sees(frame):
         assert row["counts"] == ledger.counts() != {}
         assert row["bytes_sent"] == ledger.bytes_sent()
         assert sum(part["count"] for part in row["sent"]) == len(ledger.entries)
-        assert 0 < row["stand_in"] < max(row["p90"], 1)  # nothing was sent, copies were made
-        replayed = StepTimes("decode", 1, 1, 0, is_graph=True)
-        replayed.note(ledger)
-        assert math.isnan(replayed.stand_in)  # nothing times them inside a graph
+        copies = [e.seconds for e in ledger.entries if e.op in ("all_gather", "reduce_scatter")]
+        assert (row["stand_in"] > 0) == bool(copies)  # a sum stays as it is: nothing is copied
+        assert row["stand_in"] < max(row["p90"], 1)
+        for phase in ("prefill", "decode"):
+            replayed = StepTimes(phase, 1, 1, 0, is_graph=True)
+            replayed.note(ledger)
+            # Inside a decode graph nothing times them; a prefill's ledger is of an eager step.
+            unknown = phase == "decode" and copies
+            assert math.isnan(replayed.stand_in) if unknown else replayed.stand_in == sum(copies)
         sizes = sum(part["bytes"] * part["count"] for part in row["sent"])
         assert sizes == sum(entry.bytes for entry in ledger.entries)
 
@@ -146,6 +155,102 @@ def test_some_real_layers_by_the_command(tmp_path, capsys):
     assert "--shape" not in attrs["command"]
     assert main([*words.split(), "--routing", "skewed"]) == 2
     assert "a checkpoint has its own" in capsys.readouterr().err
+
+
+class HostGraph:
+    """A StepGraph that launches its step: which steps would be replayed can be seen on a CPU."""
+
+    made: ClassVar[list["HostGraph"]] = []
+
+    def __init__(self, model, batch, length, cache, start, beside=None):
+        self.model, self.shape, self.cache, self.start = model, (batch, length), cache, start
+        self.beside, self.seen = beside, []
+        HostGraph.made.append(self)
+
+    def step(self, tokens):
+        assert tokens.shape == self.shape
+        assert self.cache.length == int(self.cache.position) == self.start
+        self.seen.append(tokens.clone())
+        return next_tokens(self.model, tokens, self.cache)
+
+
+@pytest.fixture
+def host_graphs(monkeypatch):
+    monkeypatch.setattr(prefilling, "StepGraph", HostGraph)
+    monkeypatch.setattr(prefilling, "can_replay", lambda model, phase: phase == "prefill")
+    monkeypatch.setattr(HostGraph, "made", [])
+    return HostGraph
+
+
+VARIANTS = ["three_all_reduces", "reduce_scatter"]
+
+
+def test_full_steps_are_replayed_and_the_others_are_not(host_graphs):
+    # Prompts of 16, 16 and 8 tokens, and 2 decode steps: three prompts, one of them a warm-up.
+    work = Workload(40, 3, 2, 16, decode=(2,), context=8, decode_steps=1)
+    frame = compare_throughput(TINY, VARIANTS, work, parallel=ALONE)
+    assert [(graph.shape, graph.start) for graph in host_graphs.made] == [
+        ((1, 16), start) for _ in VARIANTS for start in (0, 16)
+    ]
+    for graph in host_graphs.made:
+        assert len(graph.seen) == 3
+        assert not torch.equal(graph.seen[0], graph.seen[2]), "one prompt again and again"
+    assert len({id(graph.cache) for graph in host_graphs.made}) == 1
+    # Each shares memory with one before.
+    assert [graph.beside for graph in host_graphs.made] == [None, *host_graphs.made[:-1]]
+    assert list(frame["is_graph"]) == [True, False] * 2
+    assert not frame["stand_in"].isna().any()
+    assert prefilling.PARTLY in frame.attrs["notes"]
+    shown = throughput_table(frame)
+    assert shown.count("replayed from a CUDA graph; compute, communicate, wait: of steps la") == 1
+
+
+def test_an_uneven_last_batch_is_launched_by_the_host(host_graphs):
+    frame = compare_throughput(TINY, VARIANTS, Workload(16, 1, 5, 32), parallel=ALONE)
+    assert [(graph.shape, len(graph.seen)) for graph in host_graphs.made] == [((2, 16), 3)] * 2
+    assert list(frame["is_graph"]) == [True] * 2
+    assert list(frame["steps"]) == [2] * 2
+    assert prefilling.PARTLY in frame.attrs["notes"]
+    even = compare_throughput(TINY, VARIANTS, Workload(16, 1, 4, 32), parallel=ALONE)
+    assert prefilling.PARTLY not in even.attrs["notes"]
+    assert {"median", "stand_in"} <= set(even)
+    even.attrs["hardware"]["gpus"] = ["X"]
+    for name, compute in compute_of_run(even).items():
+        row = even[even["variant"] == name].iloc[0]
+        assert compute.seconds == row["median"] - row["stand_in"]
+
+
+def test_the_host_launches_every_step_if_asked_to(host_graphs, monkeypatch):
+    monkeypatch.setattr(decoding, "graph_for", lambda *_: pytest.fail("a graph was asked for"))
+    work = Workload(16, 1, 2, 32, decode=(2,), context=8, decode_steps=1)
+    frame = compare_throughput(TINY, VARIANTS, work, parallel=ALONE, eager=True)
+    assert not host_graphs.made
+    assert not frame["is_graph"].any()
+
+
+def test_a_cpu_has_no_graphs_and_says_nothing_of_them(frame):
+    assert not frame["is_graph"].any()
+    assert not any("CUDA graph" in note for note in frame.attrs["notes"])
+
+
+def test_the_command_says_that_it_was_eager(tmp_path):
+    file, words = tmp_path / "x.json", "prefill --tp 4 --simulate-rank 0 --input-len 8 --prompts 1"
+    for more in ([], ["--eager"]):
+        assert main([*words.split(), *more, "--device", "cpu", "--json", str(file)]) == 0
+        assert ("--eager" in load(file).attrs["command"]) == bool(more)
+
+
+def test_a_graph_refuses_steps_that_it_was_not_captured_for():
+    """What is baked in would be computed in silence."""
+    graph = object.__new__(StepGraph)
+    model = sm.Step3p5ForCausalLM.from_config(TINY)
+    graph.batch, graph.length, graph.start, graph.cache = 2, 5, 0, model.new_cache()
+    graph._tokens = torch.zeros(2, 5, dtype=torch.int64)
+    with pytest.raises(sm.ConfigError, match=r"2 x 5 tokens after 0 cached ones .* 2 x 4 after 0"):
+        graph.step(graph._tokens[:, :4])
+    graph.cache.move_to(5)
+    with pytest.raises(sm.ConfigError, match="2 x 5 after 5: call the model"):
+        graph.step(graph._tokens)
 
 
 def test_decoded_sequences_have_tokens_of_their_own(monkeypatch):
