@@ -11,7 +11,7 @@ import torch
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from stepmoe.kernels import grouped, norm, permute, routing, swiglu
+from stepmoe.kernels import grouped, linear, norm, permute, routing, swiglu
 
 # The fixture is the same device for every example.
 examples = settings(
@@ -184,3 +184,28 @@ def test_dispatch_on_a_gpu():
     assert not takes_kernel(watched), "the kernels have no backward"
     with torch.no_grad():
         assert takes_kernel(watched)
+
+
+@examples
+@given(data=st.data())
+def test_products_of_few_tokens(device, data):
+    from stepmoe.kernels import linear_gpu
+
+    dtype, limit = data.draw(DTYPES), data.draw(st.sampled_from([None, 0.4]))
+    piece = data.draw(
+        st.sampled_from(
+            [linear_gpu.Piece(1, 2), linear_gpu.Piece(4, 4), linear_gpu.Tile(8, 32, 4, 3)]
+        )
+    )
+    tokens, size, columns = data.draw(st.integers(1, 20)), data.draw(SIZES), data.draw(SIZES)
+    swiglu_doubles = data.draw(st.booleans())
+    x = drawn(data, tokens, size, dtype=dtype, device=device)
+    rows = columns * 2 if swiglu_doubles else columns
+    weight = drawn(data, rows, size, dtype=dtype, device=device, scale=size**-0.5)
+    output = torch.full((tokens, columns), torch.nan, dtype=dtype, device=device)
+    linear_gpu.launch(x, weight, output, piece, limit)
+    if swiglu_doubles:
+        expected = linear.linear_swiglu(x.double(), weight.double(), limit)
+    else:
+        expected = linear.linear(x.double(), weight.double())
+    close(output, expected, dtype)
