@@ -20,7 +20,10 @@ from stepmoe.kernels.swiglu import clamped_swiglu
 from stepmoe.kernels.swiglu_gpu import swiglu_entry
 
 FEW_TOKENS = 4  # most of a product that goes to `_sums`
-ENTRIES = 16384  # of a weight, most that one program can hold
+_PROGRAMS = 132  # as many as an H100 has multiprocessors, or more
+_ENTRIES = 8192  # of a weight in one program, where that leaves enough programs
+_ENTRIES_EACH = 2048  # of one warp: eight loads of 16 bytes a thread
+_MOST_WARPS = 8
 
 
 @dataclass(frozen=True)
@@ -45,29 +48,35 @@ def linear(x: Tensor, weight: Tensor) -> Tensor:
     """See linear.linear."""
     if not is_few(x, weight):
         return F.linear(x, weight)
-    output = x.new_empty(len(x), len(weight))
-    launch(x, weight, output, piece_for(weight, len(weight)))
-    return output
+    return few_tokens(x, weight, x.new_empty(len(x), len(weight)))
 
 
 def linear_swiglu(x: Tensor, weight: Tensor, limit: float | None) -> Tensor:
     """See linear.linear_swiglu. Gate and up are not rounded on the way, as in grouped_gpu.py."""
     if not is_few(x, weight):
         return clamped_swiglu(F.linear(x, weight), limit)
-    output = x.new_empty(len(x), len(weight) // 2)
-    launch(x, weight, output, piece_for(weight, len(weight) // 2), limit)
+    return few_tokens(x, weight, x.new_empty(len(x), len(weight) // 2), limit)
+
+
+def few_tokens(x: Tensor, weight: Tensor, output: Tensor, limit: float | None = None) -> Tensor:
+    """A product for which `is_few` holds, in `output`, whose dtype may be wider; see `launch`."""
+    launch(x, weight, output, piece_for(weight, output.shape[1]), limit)
     return output
 
 
 def is_few(x: Tensor, weight: Tensor) -> bool:
     """Whether a product is one of few tokens, and a program can hold a row of its weight."""
-    fits = triton.next_power_of_2(weight.shape[1]) <= ENTRIES // 2
+    fits = 2 * triton.next_power_of_2(weight.shape[1]) <= _MOST_WARPS * _ENTRIES_EACH
     return x.dim() == 2 and 0 < len(x) <= FEW_TOKENS and fits and x.dtype is weight.dtype
 
 
 def piece_for(weight: Tensor, columns: int) -> Piece:
-    """The fastest of those tried."""
-    return Piece(rows=1, warps=2)
+    """A power of two of rows, and warps that hold them; not yet chosen by measurement."""
+    beside = len(weight) // columns  # rows that one column needs
+    entries = triton.next_power_of_2(weight.shape[1]) * beside
+    most = max(1, min(_ENTRIES // entries, columns // _PROGRAMS))
+    rows = 1 << (most.bit_length() - 1)
+    return Piece(rows, max(1, rows * entries // _ENTRIES_EACH))
 
 
 def launch(

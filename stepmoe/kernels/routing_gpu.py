@@ -7,6 +7,8 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from stepmoe.kernels.linear_gpu import few_tokens, is_few
+
 LOWEST = tl.constexpr(-0x80000000)  # below the key of every score
 
 
@@ -16,6 +18,10 @@ def compute_logits(hidden_states: Tensor, weight: Tensor) -> Tensor:
     The product of two bfloat16 (or float16) numbers is exact in float32, and the tensor cores add
     in float32: casting the inputs to float32 first would change only the order of the sum.
     """
+    if is_few(hidden_states, weight):
+        shape = len(hidden_states), len(weight)
+        output = torch.empty(shape, dtype=torch.float32, device=weight.device)
+        return few_tokens(hidden_states, weight, output)
     if hidden_states.dtype is torch.float32 or hidden_states.dtype is not weight.dtype:
         return hidden_states.float() @ weight.float().T
     return torch.mm(hidden_states, weight.T, out_dtype=torch.float32)

@@ -23,7 +23,7 @@ from stepmoe.kernels.dispatch import OPERATION, annotated
 LAYER = "decoder layer "
 _KERNELS = ("kernel", "gpu_memcpy", "gpu_memset")
 _LAUNCHES = ("cuda_runtime", "cuda_driver")
-_MODULES = ("qkvg_proj", "o_proj", "gate_up_proj", "down_proj")
+_MODULES = ("qkvg_proj", "o_proj", "down_proj")
 
 
 def profile_layers(

@@ -9,7 +9,7 @@ from stepmoe.config import LayerConfig
 from stepmoe.kernels.attention import decode_attention, prefill_attention
 from stepmoe.kernels.qk_norm_rotary import qk_norm_rotary
 from stepmoe.model.kv_cache import LayerCache
-from stepmoe.model.merged import MergedLinear
+from stepmoe.model.merged import Linear, MergedLinear
 from stepmoe.model.norm import GemmaRMSNorm
 from stepmoe.model.rotary import inverse_frequencies
 
@@ -36,7 +36,7 @@ class Attention(nn.Module):
         query_size, kv_size = self.num_heads * self.head_dim, self.num_kv_heads * self.head_dim
         parts = {"q_proj": query_size, "k_proj": kv_size, "v_proj": kv_size}
         self.qkvg_proj = MergedLinear(hidden_size, parts | {"g_proj": self.num_heads})
-        self.o_proj = nn.Linear(query_size, hidden_size, bias=False)
+        self.o_proj = Linear(query_size, hidden_size)
         self.q_norm = GemmaRMSNorm(self.head_dim, eps)
         self.k_norm = GemmaRMSNorm(self.head_dim, eps)
         # Not parameters: they follow from the config. float64, and as last used.

@@ -12,6 +12,7 @@ from stepmoe.kernels.block_scale import BLOCK, FP8, BlockScaled, quantise_rows
 from stepmoe.kernels.fp8_grouped import gate_up_swiglu, grouped_linear
 from stepmoe.kernels.fp8_linear import fp8_linear
 from stepmoe.kernels.permute import RowOrder
+from stepmoe.kernels.swiglu import clamped_swiglu
 
 Slices = tuple[slice, ...]  # of a published tensor: the part that this rank holds
 
@@ -88,6 +89,10 @@ class Fp8Linear(Fp8Weights):
             return output
         others = F.linear(x, self.plain)[..., : sum(self.plain_rows.values())]
         return torch.cat((output, others), dim=-1)
+
+    def swiglu(self, x: Tensor, limit: float | None) -> Tensor:
+        """As MergedLinear.swiglu."""
+        return clamped_swiglu(self(x), limit)
 
     def part_views(self) -> Iterator[tuple[str, BlockScaled | Tensor]]:
         """As of every Fp8Weights, and the plain parts."""

@@ -10,11 +10,11 @@ from __future__ import annotations
 from collections.abc import Iterator, Mapping
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 
 from stepmoe.errors import ConfigError
 from stepmoe.kernels.block_scale import BlockScaled
+from stepmoe.kernels.linear import linear, linear_swiglu
 from stepmoe.model.fp8 import Fp8Weights
 
 
@@ -36,7 +36,21 @@ class MergedLinear(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         """(..., in_features) to (..., sum of the parts), a view where there are rows of zeros."""
-        return F.linear(x, self.weight)[..., : sum(self.parts.values())]
+        return linear(x, self.weight)[..., : sum(self.parts.values())]
+
+    def swiglu(self, x: Tensor, limit: float | None) -> Tensor:
+        """Clamped SwiGLU of two parts of F features, gate and up: (T, in_features) to (T, F)."""
+        return linear_swiglu(x, self.weight[: sum(self.parts.values())], limit)
+
+
+class Linear(nn.Linear):
+    """A linear map without bias: (..., in_features) to (..., out_features)."""
+
+    def __init__(self, in_features: int, out_features: int) -> None:
+        super().__init__(in_features, out_features, bias=False)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return linear(x, self.weight)
 
 
 def empty_parameter(*shape: int) -> nn.Parameter:

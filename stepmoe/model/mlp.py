@@ -4,8 +4,7 @@ from __future__ import annotations
 
 from torch import Tensor, nn
 
-from stepmoe.kernels.swiglu import clamped_swiglu
-from stepmoe.model.merged import MergedLinear
+from stepmoe.model.merged import Linear, MergedLinear
 
 
 class GatedMLP(nn.Module):
@@ -22,11 +21,10 @@ class GatedMLP(nn.Module):
         self.gate_up_proj = MergedLinear(
             hidden_size, {"gate_proj": size_local, "up_proj": size_local}
         )
-        self.down_proj = nn.Linear(size_local, hidden_size, bias=False)
+        self.down_proj = Linear(size_local, hidden_size)
         self.limit = limit
 
     def forward(self, hidden_states: Tensor) -> Tensor:
         """(T, D) complete to (T, D) partial."""
-        gate_up = self.gate_up_proj(hidden_states)
-        result: Tensor = self.down_proj(clamped_swiglu(gate_up, self.limit))
+        result: Tensor = self.down_proj(self.gate_up_proj.swiglu(hidden_states, self.limit))
         return result

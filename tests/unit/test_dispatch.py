@@ -73,6 +73,8 @@ def arguments():
         "add_gemma_rms_norm": (x, torch.randn(6, 8), weight, 1e-5),
         "clamped_swiglu": (x, 7.0),
         "compute_logits": (x, torch.randn(4, 8)),
+        "linear": (x, torch.randn(4, 8)),
+        "linear_swiglu": (x, torch.randn(4, 8), 7.0),
         "choose_experts": (torch.randn(6, 4), torch.randn(4), 2, True, 3.0),
         "permute_rows": (x, order, 0, 12),
         "quantise_rows": (x, 0, 1),

@@ -189,23 +189,54 @@ def test_dispatch_on_a_gpu():
 @examples
 @given(data=st.data())
 def test_products_of_few_tokens(device, data):
-    from stepmoe.kernels import linear_gpu
+    from stepmoe.kernels import linear_gpu, routing_gpu
 
     dtype, limit = data.draw(DTYPES), data.draw(st.sampled_from([None, 0.4]))
-    piece = data.draw(
-        st.sampled_from(
-            [linear_gpu.Piece(1, 2), linear_gpu.Piece(4, 4), linear_gpu.Tile(8, 32, 4, 3)]
-        )
-    )
-    tokens, size, columns = data.draw(st.integers(1, 20)), data.draw(SIZES), data.draw(SIZES)
-    swiglu_doubles = data.draw(st.booleans())
+    tokens = data.draw(st.integers(1, linear_gpu.FEW_TOKENS + 1))  # both ways
+    size, columns = data.draw(SIZES), data.draw(st.integers(1, 300))
     x = drawn(data, tokens, size, dtype=dtype, device=device)
-    rows = columns * 2 if swiglu_doubles else columns
-    weight = drawn(data, rows, size, dtype=dtype, device=device, scale=size**-0.5)
-    output = torch.full((tokens, columns), torch.nan, dtype=dtype, device=device)
-    linear_gpu.launch(x, weight, output, piece, limit)
-    if swiglu_doubles:
-        expected = linear.linear_swiglu(x.double(), weight.double(), limit)
-    else:
-        expected = linear.linear(x.double(), weight.double())
-    close(output, expected, dtype)
+    weight = drawn(data, 2 * columns, size, dtype=dtype, device=device, scale=size**-0.5)
+    exact = x.double(), weight.double()
+    close(linear_gpu.linear(x, weight), linear.linear(*exact), dtype)
+    found = linear_gpu.linear_swiglu(x, weight, limit)
+    close(found, linear.linear_swiglu(*exact, limit), dtype)
+    if dtype is torch.float32 or linear_gpu.is_few(x, weight):  # torch's product needs a GPU
+        logits = routing_gpu.compute_logits(x, weight)
+        assert logits.dtype is torch.float32
+        close(logits, linear.linear(*exact), torch.float32)
+    if linear_gpu.is_few(x, weight):
+        alone = torch.cat([linear_gpu.linear(row, weight) for row in x.split(1)])
+        assert torch.equal(linear_gpu.linear(x, weight), alone), "a token's bits know no others"
+
+
+@pytest.mark.parametrize("tokens", [1, 5, 20])
+@pytest.mark.parametrize("doubled", [False, True])
+def test_products_of_more_tokens(device, tokens, doubled):
+    from stepmoe.kernels import linear_gpu
+
+    x = torch.randn(tokens, 104, device=device).half()
+    weight = (torch.randn(68, 104, device=device) / 104**0.5).half()
+    output = torch.full((tokens, 34 if doubled else 68), torch.nan, device=device).half()
+    limit = 0.4 if doubled else None
+    linear_gpu.launch(x, weight, output, linear_gpu.Tile(8, 32, 4, 3), limit)
+    exact = linear.linear_swiglu if doubled else lambda x, weight, _: linear.linear(x, weight)
+    close(output, exact(x.double(), weight.double(), limit), torch.float16)
+
+
+@pytest.mark.parametrize(
+    ("rows", "columns", "size", "piece"),
+    [
+        (1288, 1288, 4096, (2, 4)),
+        (4096, 4096, 1536, (4, 4)),
+        (288, 288, 4096, (2, 4)),
+        (320, 160, 4096, (1, 4)),
+        (4096, 4096, 160, (16, 2)),
+        (7, 7, 8192, (1, 4)),
+        (7, 7, 40, (1, 1)),
+    ],
+)
+def test_pieces_of_a_weight(device, rows, columns, size, piece):
+    from stepmoe.kernels import linear_gpu
+
+    found = linear_gpu.piece_for(torch.empty(rows, size, device="meta"), columns)
+    assert found == linear_gpu.Piece(*piece)
