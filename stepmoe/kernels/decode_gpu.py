@@ -9,6 +9,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from stepmoe.kernels.overlap_gpu import let_next_start, overlap, wait
 from stepmoe.kernels.softmax_gpu import HIDDEN, Tile, absorb, block_d
 
 
@@ -52,6 +53,7 @@ def decode_attention(
         PRECISION="ieee" if exact else "tf32",
         num_warps=tile.num_warps,
         num_stages=tile.num_stages,
+        **overlap(query),
     )
     if splits > 1:
         _combine[(batch * num_heads,)](
@@ -64,6 +66,7 @@ def decode_attention(
             BLOCK_S=triton.next_power_of_2(splits),
             SIZE=head_dim,
             BLOCK_D=padded,
+            **overlap(query),
         )
     return out
 
@@ -108,11 +111,14 @@ def _decode(
     ROWS: tl.constexpr,
     KEYS: tl.constexpr,
     PRECISION: tl.constexpr,
+    OVERLAPS: tl.constexpr,
 ):
     """One program: all query heads of one key-value head, over its share of the slots taken.
 
     WHOLE: there is one share, and the result needs no combining.
     """
+    let_next_start(OVERLAPS)
+    wait(OVERLAPS)
     split = tl.program_id(0)
     b = (tl.program_id(1) // KV_HEADS).to(tl.int64)
     g = tl.program_id(1) % KV_HEADS
@@ -162,8 +168,11 @@ def _combine(
     BLOCK_S: tl.constexpr,
     SIZE: tl.constexpr,
     BLOCK_D: tl.constexpr,
+    OVERLAPS: tl.constexpr,
 ):
     """One program: one head of one sequence, its splits brought to a common maximum and added."""
+    let_next_start(OVERLAPS)
+    wait(OVERLAPS)
     row = tl.program_id(0).to(tl.int64)
     split, entry = tl.arange(0, BLOCK_S), tl.arange(0, BLOCK_D)
     there, inside = split < splits, entry < SIZE

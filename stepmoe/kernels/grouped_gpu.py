@@ -18,6 +18,7 @@ from torch import Tensor
 from triton.tools.tensor_descriptor import TensorDescriptor
 
 from stepmoe.kernels import grouped
+from stepmoe.kernels.overlap_gpu import let_next_start, overlap, wait
 from stepmoe.kernels.permute import RowOrder, permute_rows
 from stepmoe.kernels.swiglu import clamped_swiglu
 from stepmoe.kernels.swiglu_gpu import swiglu_entry
@@ -115,6 +116,7 @@ def launch(
         DEPTH=tile.depth,
         num_warps=tile.warps,
         num_stages=tile.stages,
+        **overlap(x),
     )
 
 
@@ -160,12 +162,15 @@ def _grouped(
     ROWS: tl.constexpr,
     BLOCK: tl.constexpr,
     DEPTH: tl.constexpr,
+    OVERLAPS: tl.constexpr,
 ):
     """One program: a tile of ROWS rows of one expert and BLOCK columns of the output.
 
     An expert has one matrix, or PARTS 2: gate and up, side by side in one product, which reads the
     rows once for both, and brought together by SwiGLU.
     """
+    let_next_start(OVERLAPS)
+    wait(OVERLAPS)
     blocks: tl.constexpr = (COLUMNS + BLOCK - 1) // BLOCK
     if tl.load(ends_ptr + LOCAL - 1) <= start:
         return  # a pass without a row, found out before all that follows

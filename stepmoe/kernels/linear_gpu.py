@@ -9,13 +9,12 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-import torch
 import torch.nn.functional as F
 import triton
 import triton.language as tl
 from torch import Tensor
-from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
 
+from stepmoe.kernels.overlap_gpu import let_next_start, overlap, wait
 from stepmoe.kernels.swiglu import clamped_swiglu
 from stepmoe.kernels.swiglu_gpu import swiglu_entry
 
@@ -85,14 +84,10 @@ def launch(
     output: Tensor,
     piece: Piece | Tile,
     limit: float | None = None,
-    *,
-    overlaps: bool = False,
 ) -> None:
     """Fill output (T, N) from x (T, K) and weight (N, K), or, gate above up, (2N, K).
 
-    Args:
-        overlaps: start while the kernel before still runs and read the weight, which thus must not
-            be what that kernel writes (Hopper and newer: programmatic dependent launch).
+    The weight is read while the kernel before still runs: it must not be what that kernel writes.
     """
     columns = output.shape[1]
     shared = {
@@ -100,10 +95,9 @@ def launch(
         "SIZE": weight.shape[1],
         "SWIGLU": len(weight) == 2 * columns,
         "CLAMPS": limit is not None,
-        "HOPPER": x.is_cuda and torch.cuda.get_device_capability(x.device) >= (9, 0),
         "ROWS": piece.rows,
         "num_warps": piece.warps,
-        "launch_pdl": overlaps,
+        **overlap(x),
     }
     arguments = (x.contiguous(), weight, output, len(x), limit or 0.0)
     programs = triton.cdiv(columns, piece.rows)
@@ -127,17 +121,16 @@ def _sums(
     SIZE: tl.constexpr,
     SWIGLU: tl.constexpr,
     CLAMPS: tl.constexpr,
-    HOPPER: tl.constexpr,
     ROWS: tl.constexpr,
     BLOCK: tl.constexpr,
+    OVERLAPS: tl.constexpr,
 ):
     """One program: ROWS rows of the weight, one token after the other.
 
-    The rows are asked for at once and stay in registers. That nothing is computed before they are
-    all on their way is what the wait is for, even where no kernel before overlaps with this one.
+    The rows are asked for at once and stay in registers. The wait also keeps the compiler from
+    computing with some of them before it asks for the others.
     """
-    if HOPPER:
-        gdc_launch_dependents()
+    let_next_start(OVERLAPS)
     row = tl.program_id(0) * ROWS + tl.arange(0, ROWS)
     entry = tl.arange(0, BLOCK)
     there = (entry < SIZE)[None, :]
@@ -146,8 +139,7 @@ def _sums(
     weight = tl.load(place, mask=inside, other=0.0)
     if SWIGLU:
         up_weight = tl.load(place + COLUMNS * SIZE, mask=inside, other=0.0)
-    if HOPPER:
-        gdc_wait()
+    wait(OVERLAPS)
     for token in tl.range(0, tokens, num_stages=3):
         x = tl.load(x_ptr + token * SIZE + entry, mask=entry < SIZE, other=0.0).to(tl.float32)
         total = tl.sum(weight.to(tl.float32) * x[None, :], axis=1)
@@ -169,15 +161,14 @@ def _dots(
     SIZE: tl.constexpr,
     SWIGLU: tl.constexpr,
     CLAMPS: tl.constexpr,
-    HOPPER: tl.constexpr,
     ROWS: tl.constexpr,
     DEPTH: tl.constexpr,
     TOKENS: tl.constexpr,
+    OVERLAPS: tl.constexpr,
 ):
     """One program: ROWS rows of the weight and TOKENS tokens, on the tensor cores."""
-    if HOPPER:
-        gdc_launch_dependents()
-        gdc_wait()
+    let_next_start(OVERLAPS)
+    wait(OVERLAPS)
     row = tl.program_id(0) * ROWS + tl.arange(0, ROWS)
     token = tl.program_id(1) * TOKENS + tl.arange(0, TOKENS)
     weight_rows = weight_ptr + row.to(tl.int64)[:, None] * SIZE

@@ -7,6 +7,8 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from stepmoe.kernels.overlap_gpu import let_next_start, overlap, wait
+
 _ENTRIES = 4096  # of one program: a whole row of the published hidden size
 
 
@@ -57,6 +59,7 @@ def _launch(
         BLOCK=block,
         ADDS=residual is not None,
         num_warps=4 if block <= _ENTRIES else 8,
+        **overlap(x),
     )
 
 
@@ -74,11 +77,15 @@ def _add_norm(
     ROWS: tl.constexpr,
     BLOCK: tl.constexpr,
     ADDS: tl.constexpr,
+    OVERLAPS: tl.constexpr,
 ):
     """One program: ROWS rows of SIZE entries. Without ADDS, residual and total do not exist."""
+    let_next_start(OVERLAPS)
     row = (tl.program_id(0) * ROWS + tl.arange(0, ROWS)).to(tl.int64)[:, None]
     column = tl.arange(0, BLOCK)
     inside = (row < num_rows) & (column < SIZE)
+    weight = tl.load(weight_ptr + column, mask=column < SIZE, other=0.0).to(tl.float32)
+    wait(OVERLAPS)
     x = tl.load(x_ptr + row * x_stride + column, mask=inside, other=0.0).to(tl.float32)
     if ADDS:
         residual = tl.load(residual_ptr + row * SIZE + column, mask=inside, other=0.0)
@@ -87,6 +94,5 @@ def _add_norm(
         tl.store(total_ptr + row * SIZE + column, total, mask=inside)
         x = total.to(tl.float32)
     scale = tl.rsqrt(tl.sum(x * x, axis=1) / SIZE + eps)[:, None]
-    weight = tl.load(weight_ptr + column, mask=column < SIZE, other=0.0).to(tl.float32)
     normed = x * scale * (1.0 + weight)
     tl.store(normed_ptr + row * SIZE + column, normed.to(normed_ptr.dtype.element_ty), mask=inside)

@@ -10,6 +10,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from stepmoe.kernels.overlap_gpu import let_next_start, overlap, wait
 from stepmoe.kernels.permute import RowOrder
 
 _PROGRAMS_PER_SM = 32
@@ -45,6 +46,7 @@ def unpermute_rows(
             count,
             ADDS=onto is not None,
             **_sizes(order, size),
+            **overlap(rows),
         )
     return output
 
@@ -109,8 +111,11 @@ def _unpermute(
     TOP_K: tl.constexpr,
     SIZE: tl.constexpr,
     BLOCK: tl.constexpr,
+    OVERLAPS: tl.constexpr,
 ):
     """With ADDS the output holds what the sums are added to."""
+    let_next_start(OVERLAPS)
+    wait(OVERLAPS)
     column = tl.arange(0, BLOCK)
     inside = column < SIZE
     if (not ADDS) or tl.load(ends_ptr + LOCAL - 1) > start:

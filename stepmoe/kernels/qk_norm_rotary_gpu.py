@@ -6,6 +6,8 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from stepmoe.kernels.overlap_gpu import let_next_start, overlap, wait
+
 _ENTRIES = 2048  # of one head's tile
 
 
@@ -65,6 +67,7 @@ def qk_norm_rotary(
         HALF=frequencies.shape[0],
         BLOCK_T=block_t,
         BLOCK_D=block_d,
+        **overlap(projected),
     )
     return query.transpose(1, 2), keys, values
 
@@ -99,8 +102,11 @@ def _norm_rotate(
     HALF: tl.constexpr,
     BLOCK_T: tl.constexpr,
     BLOCK_D: tl.constexpr,
+    OVERLAPS: tl.constexpr,
 ):
     """One program: BLOCK_T tokens, PARTS_EACH of the heads of queries, keys and values."""
+    let_next_start(OVERLAPS)
+    wait(OVERLAPS)
     token = tl.program_id(0).to(tl.int64) * BLOCK_T + tl.arange(0, BLOCK_T)[:, None]
     entry = tl.arange(0, BLOCK_D)[None, :]
     inside = (token < tokens) & (entry < SIZE)

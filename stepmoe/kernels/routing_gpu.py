@@ -8,6 +8,7 @@ import triton.language as tl
 from torch import Tensor
 
 from stepmoe.kernels.linear_gpu import few_tokens, is_few
+from stepmoe.kernels.overlap_gpu import let_next_start, overlap, wait
 
 LOWEST = tl.constexpr(-0x80000000)  # below the key of every score
 
@@ -50,6 +51,7 @@ def choose_experts(
             REST=rest,
             BLOCK_K=block_k,
             num_warps=1,
+            **overlap(logits),
         )
     return ids, weights
 
@@ -73,8 +75,11 @@ def _choose(
     BLOCK: tl.constexpr,
     REST: tl.constexpr,
     BLOCK_K: tl.constexpr,
+    OVERLAPS: tl.constexpr,
 ):
     """One program: one token, the best of BLOCK experts and of the REST behind them."""
+    let_next_start(OVERLAPS)
+    wait(OVERLAPS)
     logits_ptr += tl.program_id(0).to(tl.int64) * EXPERTS
     place = tl.arange(0, BLOCK_K)
     expert = tl.arange(0, BLOCK)

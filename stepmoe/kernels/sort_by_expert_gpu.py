@@ -13,6 +13,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from stepmoe.kernels.overlap_gpu import let_next_start, overlap, wait
 from stepmoe.kernels.permute import RowOrder
 
 _FEW = 2048  # choices up to which comparing all pairs is the fastest
@@ -32,7 +33,8 @@ def sort_by_expert(topk_ids: Tensor, first_expert: int, num_local: int) -> RowOr
     made = (positions, choices, ends)
     if num_choices <= _FEW:
         programs = triton.cdiv(max(num_choices, num_local), _OWN)
-        _place_few[(programs,)](*given, *made, OWN=_OWN, BLOCK=_COMPARED)
+        options = {"OWN": _OWN, "BLOCK": _COMPARED, **overlap(topk_ids)}
+        _place_few[(programs,)](*given, *made, **options)
         return RowOrder(*made)
     blocks = triton.cdiv(num_choices, _BLOCK)
     # One more expert: the choices of all that other ranks hold, which stand behind the rows.
@@ -64,8 +66,11 @@ def _place_few(
     ends_ptr,
     OWN: tl.constexpr,
     BLOCK: tl.constexpr,
+    OVERLAPS: tl.constexpr,
 ):
     """One program: the rows of OWN choices and the ends of OWN experts."""
+    let_next_start(OVERLAPS)
+    wait(OVERLAPS)
     own = tl.program_id(0) * OWN + tl.arange(0, OWN)  # both a choice and an expert
     key = _load_keys(ids_ptr, own, num_choices, first_expert, num_local)
     row = tl.zeros((OWN,), tl.int32)
