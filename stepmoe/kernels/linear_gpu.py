@@ -66,7 +66,8 @@ def few_tokens(x: Tensor, weight: Tensor, output: Tensor, limit: float | None = 
 def is_few(x: Tensor, weight: Tensor) -> bool:
     """Whether a product is one of few tokens, and a program can hold a row of its weight."""
     fits = 2 * triton.next_power_of_2(weight.shape[1]) <= _MOST_WARPS * _ENTRIES_EACH
-    return x.dim() == 2 and 0 < len(x) <= FEW_TOKENS and fits and x.dtype is weight.dtype
+    fits &= x.dtype is weight.dtype and weight.is_contiguous()
+    return x.dim() == 2 and 0 < len(x) <= FEW_TOKENS and fits
 
 
 def piece_for(weight: Tensor, columns: int) -> Piece:

@@ -62,9 +62,9 @@ RANGES: dict[str, tuple[str, ...]] = {
     "shared expert: down": ("down_proj/linear",),
     "sort by expert": ("sort_by_expert",),
     "permute": ("gate_up_swiglu/permute_rows",),
-    "experts: gate, up": ("gate_up_swiglu", "gate_up_swiglu/grouped_linear"),
+    "experts: gate, up": ("gate_up_swiglu", "gate_up_swiglu/grouped_linear", "few_gate_up"),
     "experts: SwiGLU": ("gate_up_swiglu/clamped_swiglu",),
-    "experts: down": ("grouped_linear",),
+    "experts: down": ("grouped_linear", "few_down"),
     "un-permute": ("unpermute_rows",),
 }
 

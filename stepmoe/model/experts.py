@@ -8,6 +8,8 @@ from torch import Tensor, nn
 
 from stepmoe.config import LayerConfig, Step3p5Config
 from stepmoe.kernels import dispatch
+from stepmoe.kernels.dispatch import takes_kernel
+from stepmoe.kernels.few_experts import few_down, few_gate_up
 from stepmoe.kernels.grouped import gate_up_swiglu, grouped_linear
 from stepmoe.kernels.permute import RowOrder, sort_by_expert, unpermute_rows
 from stepmoe.model.merged import empty_parameter
@@ -15,6 +17,7 @@ from stepmoe.model.router import Router
 from stepmoe.parallel import ParallelConfig
 
 TILE = 128  # rows
+FEWEST_CHOICES = 32  # 4 tokens: up to here every choice reads its own weights
 FEW_CHOICES = 4096  # their rows take 32 MiB at hidden size 4096 in bfloat16
 
 
@@ -60,6 +63,10 @@ class RoutedExperts(nn.Module):
         Args:
             onto: (T, D), the result is `onto + routed`, and may take over its memory.
         """
+        if self._takes_few_experts(hidden_states, topk_ids):
+            up, down, first = self.gate_up_proj.weight, self.down_proj.weight, self.first_expert
+            rows = few_gate_up(hidden_states, up, topk_ids, first, self.limit)
+            return few_down(rows, down, topk_ids, topk_weights, first, onto)
         order = sort_by_expert(topk_ids, self.first_expert, len(self.down_proj.weight))
         starts = passes(order, self.ep)
         first_half = self.gate_up_proj.first_half(hidden_states, order, self.limit)
@@ -73,6 +80,15 @@ class RoutedExperts(nn.Module):
                 onto,
             )
         return hidden_states.new_zeros(hidden_states.shape) if onto is None else onto
+
+    def _takes_few_experts(self, hidden_states: Tensor, topk_ids: Tensor) -> bool:
+        """Few tokens on a GPU: two kernels in place of four."""
+        weights = self.gate_up_proj.weight, self.down_proj.weight
+        return (
+            0 < topk_ids.numel() <= FEWEST_CHOICES
+            and isinstance(self.gate_up_proj, ExpertWeights)
+            and takes_kernel(hidden_states, topk_ids, *weights)
+        )
 
 
 def passes(order: RowOrder, ep: int) -> range:

@@ -75,6 +75,8 @@ def arguments():
         "compute_logits": (x, torch.randn(4, 8)),
         "linear": (x, torch.randn(4, 8)),
         "linear_swiglu": (x, torch.randn(4, 8), 7.0),
+        "few_gate_up": (x, matrices, ids, 0, None),
+        "few_down": (torch.randn(6, 2, 8), matrices, ids, torch.rand(6, 2), 0, torch.randn(6, 6)),
         "choose_experts": (torch.randn(6, 4), torch.randn(4), 2, True, 3.0),
         "permute_rows": (x, order, 0, 12),
         "quantise_rows": (x, 0, 1),

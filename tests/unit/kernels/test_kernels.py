@@ -11,7 +11,7 @@ import torch
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from stepmoe.kernels import grouped, linear, norm, permute, routing, swiglu
+from stepmoe.kernels import few_experts, grouped, linear, norm, permute, routing, swiglu
 
 # The fixture is the same device for every example.
 examples = settings(
@@ -194,8 +194,8 @@ def test_products_of_few_tokens(device, data):
     dtype, limit = data.draw(DTYPES), data.draw(st.sampled_from([None, 0.4]))
     tokens = data.draw(st.integers(1, linear_gpu.FEW_TOKENS + 1))  # both ways
     size, columns = data.draw(SIZES), data.draw(st.integers(1, 300))
-    x = drawn(data, tokens, size, dtype=dtype, device=device)
     weight = drawn(data, 2 * columns, size, dtype=dtype, device=device, scale=size**-0.5)
+    x = drawn(data, tokens, size, dtype=dtype, device=device)
     exact = x.double(), weight.double()
     close(linear_gpu.linear(x, weight), linear.linear(*exact), dtype)
     found = linear_gpu.linear_swiglu(x, weight, limit)
@@ -209,13 +209,42 @@ def test_products_of_few_tokens(device, data):
         assert torch.equal(linear_gpu.linear(x, weight), alone), "a token's bits know no others"
 
 
+@examples
+@given(data=st.data())
+def test_experts_of_few_tokens(device, data):
+    from stepmoe.kernels import few_experts_gpu
+
+    ids, first, num_local = routed(data, device, max_tokens=4)
+    size, inner, limit = data.draw(SIZES), data.draw(SIZES), data.draw(st.sampled_from([None, 0.4]))
+    dtype = data.draw(DTYPES)
+    up, down = (
+        drawn(data, num_local, *shape, scale=shape[1] ** -0.5, dtype=dtype, device=device)
+        for shape in ((2 * inner, size), (size, inner))
+    )
+    weights = drawn(data, *ids.shape, dtype=torch.float32, device=device)
+    x = drawn(data, len(ids), size, dtype=dtype, device=device)
+    expected = few_experts.few_gate_up(x.double(), up.double(), ids, first, limit)
+    rows = few_experts_gpu.few_gate_up(x, up, ids, first, limit)
+    is_here = (ids >= first) & (ids < first + num_local)
+    close(rows[is_here], expected[is_here], dtype)
+
+    rows[~is_here] = torch.nan  # what nobody computed must not be read
+    exact = few_experts.few_down(rows.double(), down.double(), ids, weights.double(), first, None)
+    found = few_experts_gpu.few_down(rows, down, ids, weights, first, None)
+    close(found, exact, dtype)
+    onto = x.clone()
+    together = few_experts_gpu.few_down(rows, down, ids, weights, first, onto)
+    assert together is onto
+    assert torch.equal(together, x + found)
+
+
 @pytest.mark.parametrize("tokens", [1, 5, 20])
 @pytest.mark.parametrize("doubled", [False, True])
 def test_products_of_more_tokens(device, tokens, doubled):
     from stepmoe.kernels import linear_gpu
 
-    x = torch.randn(tokens, 104, device=device).half()
     weight = (torch.randn(68, 104, device=device) / 104**0.5).half()
+    x = torch.randn(tokens, 104, device=device).half()
     output = torch.full((tokens, 34 if doubled else 68), torch.nan, device=device).half()
     limit = 0.4 if doubled else None
     linear_gpu.launch(x, weight, output, linear_gpu.Tile(8, 32, 4, 3), limit)

@@ -108,4 +108,4 @@ def test_kernels_of_a_decode_step(on_gpu):
         on_gpu.kernels.remove(once)
     attention = ["_add_norm", "_sums", "_norm_rotate", "_decode", "_combine", "_sums"]
     shared = ["_add_norm", "_sums", "_sums"]  # SwiGLU within the first
-    assert on_gpu.kernels == [*attention, *shared, "_sums", "_choose", "_place_few", *PASS]
+    assert on_gpu.kernels == [*attention, *shared, "_sums", "_choose", "_gate_up", "_down"]
