@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping
 
+import torch
 from torch import Tensor, nn
 
 from stepmoe.config import LayerConfig, Step3p5Config
@@ -82,10 +83,15 @@ class RoutedExperts(nn.Module):
         return hidden_states.new_zeros(hidden_states.shape) if onto is None else onto
 
     def _takes_few_experts(self, hidden_states: Tensor, topk_ids: Tensor) -> bool:
-        """Few tokens on a GPU: two kernels in place of four."""
+        """Few tokens on a GPU, in 16 bits: two kernels in place of four.
+
+        In float32 nothing is rounded between the sum over choices and its addition to `onto`, and
+        the compiler may fuse the two: not `onto + routed` to the last bit.
+        """
         weights = self.gate_up_proj.weight, self.down_proj.weight
         return (
             0 < topk_ids.numel() <= FEWEST_CHOICES
+            and hidden_states.dtype in (torch.bfloat16, torch.float16)
             and isinstance(self.gate_up_proj, ExpertWeights)
             and takes_kernel(hidden_states, topk_ids, *weights)
         )
