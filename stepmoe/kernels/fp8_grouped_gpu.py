@@ -18,9 +18,10 @@ from stepmoe.kernels.grouped_gpu import FEW_ROWS, Tile, find_tile
 from stepmoe.kernels.permute import RowOrder
 from stepmoe.kernels.swiglu_gpu import swiglu_entry
 
-# Chosen by measurement on an H200: notebooks/results/h200_tuning.md.
+# Chosen by measurement on an H200 (notebooks/results/h200_tuning.md). A step's own product takes
+# registers beside the sums, and more so if gate and up are one product, as in grouped_gpu.py.
 GATE_UP_FEW = Tile(rows=16, columns=32, depth=BLOCK, warps=4, stages=5)
-GATE_UP_MANY = Tile(rows=128, columns=128, depth=BLOCK, warps=8, stages=3)
+GATE_UP_MANY = Tile(rows=64, columns=64, depth=BLOCK, warps=4, stages=3)
 DOWN_FEW = Tile(rows=16, columns=128, depth=BLOCK, warps=4, stages=3)
 DOWN_MANY = Tile(rows=64, columns=128, depth=BLOCK, warps=4, stages=3)
 
@@ -68,8 +69,6 @@ def launch(
     """
     num_local, features, size = weight.weight.shape
     count, columns = output.shape
-    parts = features // columns
-    matrices = weight.weight.view(num_local * parts, columns, size)
     tiles = triton.cdiv(count, tile.rows) + min(num_local, count)
     blocks = triton.cdiv(columns, tile.columns)
     _grouped_fp8[(blocks * tiles,)](
@@ -77,7 +76,7 @@ def launch(
         x.scale,
         order.choices,
         order.ends,
-        TensorDescriptor.from_tensor(matrices, [parts, tile.columns, BLOCK]),
+        TensorDescriptor.from_tensor(weight.weight.view(-1, size), [tile.columns, BLOCK]),
         weight.scale,
         output,
         x.scale.stride(1),
@@ -92,7 +91,7 @@ def launch(
         TOP_K=order.positions.shape[1],
         GRAIN=weight.grain,
         GATHERS=gathers,
-        PARTS=parts,
+        SWIGLU=features == 2 * columns,
         CLAMPS=limit is not None,
         ROWS=tile.rows,
         BLOCK=tile.columns,
@@ -125,16 +124,13 @@ def _grouped_fp8(
     TOP_K: tl.constexpr,
     GRAIN: tl.constexpr,
     GATHERS: tl.constexpr,
-    PARTS: tl.constexpr,
+    SWIGLU: tl.constexpr,
     CLAMPS: tl.constexpr,
     ROWS: tl.constexpr,
     BLOCK: tl.constexpr,
     DEPTH: tl.constexpr,
 ):
-    """One program: a tile of ROWS rows of one expert and BLOCK columns of the output.
-
-    With PARTS 2, gate and up, as in grouped_gpu.py.
-    """
+    """One program: a tile of ROWS rows of one expert and BLOCK columns of the output."""
     blocks: tl.constexpr = (COLUMNS + BLOCK - 1) // BLOCK
     if tl.load(ends_ptr + LOCAL - 1) <= start:
         return  # a pass without a row, found out before all that follows
@@ -150,26 +146,28 @@ def _grouped_fp8(
         x_rows = x_ptr + source.to(tl.int64)[:, None] * SIZE + tl.arange(0, DEPTH)[None, :]
         x_scales = x_scale_ptr + source
         first = tl.program_id(0) % blocks * BLOCK
-        line = tl.arange(0, PARTS * BLOCK)  # of gate, then of up
-        feature = line // BLOCK * COLUMNS + first + line % BLOCK
-        there = first + line % BLOCK < COLUMNS
+        columns = first + tl.arange(0, BLOCK)
+        kept = columns < COLUMNS
+        # The matrices of all experts stand one below the other; up stands below gate.
+        top = expert * (2 * COLUMNS if SWIGLU else COLUMNS) + first
+        scales = scale_ptr + expert.to(tl.int64) * expert_stride
         # A scale for each column, though 128 may share it: with one number for all, Triton's
         # pipeline was wrong in 0.1 % of results (github.com/meta-pytorch/tritonbench/pull/1163).
-        scales = scale_ptr + expert.to(tl.int64) * expert_stride + feature // GRAIN * row_stride
-        total = tl.zeros((ROWS, PARTS * BLOCK), tl.float32)
+        gate_scales = scales + columns // GRAIN * row_stride
+        up_scales = scales + (COLUMNS + columns) // GRAIN * row_stride
+        total = tl.zeros((ROWS, BLOCK), tl.float32)
+        up = tl.zeros((ROWS, BLOCK), tl.float32)
         for step in range(0, SIZE // DEPTH):
             begin = step * DEPTH
             x = tl.load(x_rows + begin, mask=inside[:, None], other=0.0)
             x_scale = tl.load(x_scales + step * x_scale_stride, mask=inside, other=0.0)[:, None]
-            scale = tl.load(scales + step * block_stride, mask=there, other=0.0)[None, :]
-            matrix = weight.load([PARTS * expert, first, begin])
-            product = tl.dot(x, tl.reshape(matrix, (PARTS * BLOCK, DEPTH)).T)
-            total += product * (x_scale * scale)
-        if PARTS == 2:
-            side_by_side = tl.permute(tl.reshape(total, (ROWS, 2, BLOCK)), (0, 2, 1))
-            gate, up = tl.split(side_by_side)
-            total = swiglu_entry(gate, up, limit, CLAMPS)
-        columns = first + tl.arange(0, BLOCK)[None, :]
-        place = output_ptr + (rows - start).to(tl.int64)[:, None] * COLUMNS + columns
-        kept = inside[:, None] & (columns < COLUMNS)
-        tl.store(place, total.to(output_ptr.dtype.element_ty), mask=kept)
+            scale = tl.load(gate_scales + step * block_stride, mask=kept, other=0.0)
+            total += tl.dot(x, weight.load([top, begin]).T) * (x_scale * scale[None, :])
+            if SWIGLU:
+                scale = tl.load(up_scales + step * block_stride, mask=kept, other=0.0)
+                product = tl.dot(x, weight.load([top + COLUMNS, begin]).T)
+                up += product * (x_scale * scale[None, :])
+        if SWIGLU:
+            total = swiglu_entry(total, up, limit, CLAMPS)
+        place = output_ptr + (rows - start).to(tl.int64)[:, None] * COLUMNS + columns[None, :]
+        tl.store(place, total.to(output_ptr.dtype.element_ty), mask=inside[:, None] & kept[None, :])

@@ -8,7 +8,7 @@ from torch import Tensor
 
 from stepmoe.kernels.overlap_gpu import let_next_start, overlap, wait
 
-_ENTRIES = 2048  # of one head's tile
+_ENTRIES = 1024  # of one head's tile
 
 
 def qk_norm_rotary(

@@ -40,7 +40,7 @@ def sort_by_expert(topk_ids: Tensor, first_expert: int, num_local: int) -> RowOr
     # One more expert: the choices of all that other ranks hold, which stand behind the rows.
     counts = torch.empty(num_local + 1, blocks, dtype=torch.int32, device=device)
     totals = torch.empty(num_local + 1, dtype=torch.int32, device=device)
-    size = {"BLOCK_E": triton.next_power_of_2(num_local + 1), "BLOCK": _BLOCK, "num_warps": 2}
+    size = {"BLOCK_E": triton.next_power_of_2(num_local + 1), "BLOCK": _BLOCK, "num_warps": 1}
     _count[(blocks,)](*given, counts, **size)
     _add_up[(num_local + 1,)](counts, totals, blocks, BLOCK=triton.next_power_of_2(blocks))
     _place[(blocks,)](*given, counts, totals, *made, **size)

@@ -113,7 +113,8 @@ def test_what_a_ledger_sees_of_a_replay():
 
 
 @pytest.mark.parametrize("eager", [False, True])
-def test_a_measurement_says_how_steps_were_launched(eager):
+def test_a_measurement_says_how_steps_were_launched(eager, monkeypatch):
+    monkeypatch.setenv("STEPMOE_DEVICE", "cuda")  # tests compare on the CPU; this process measures
     # Three prompts in steps of two: the last batch is uneven. Chunks: 32 of 40 tokens, then 8.
     for work in (Workload(20, 3, 3, 40), Workload(40, 1, 3, 32, decode=(2,), context=8)):
         frame = compare_throughput(
@@ -127,7 +128,8 @@ def test_a_measurement_says_how_steps_were_launched(eager):
         assert any("launched by the host" in note for note in frame.attrs["notes"]) == (not eager)
 
 
-def test_another_dtype_says_why_not():
+def test_another_dtype_says_why_not(monkeypatch):
+    monkeypatch.setenv("STEPMOE_DEVICE", "cuda")
     frame = compare_throughput(
         sm.Step3p5Config.tiny(), ["deferred"], Workload(20, 1, 2, 40), parallel=ALONE,
         dtype=torch.float16,
