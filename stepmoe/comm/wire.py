@@ -2,8 +2,8 @@
 
 A simulated rank (`ParallelConfig(simulate_rank=...)`) computes what a real one would, and its peers
 send nothing. What it cannot know is filled with what it has: a sum stays this rank's own addend,
-and the tokens of other ranks are copies of its own. Shapes, dtypes and the work that follows are
-those of a real rank; values are not the model's.
+and the tokens of other ranks are its own with their features shifted. Shapes, dtypes and the work
+that follows are those of a real rank; values are not the model's.
 """
 
 from __future__ import annotations
@@ -39,9 +39,17 @@ def reduce_scatter(own: Tensor, whole: Tensor, group: RankGroup) -> None:
 def all_gather(whole: Tensor, own: Tensor, group: RankGroup) -> None:
     """Fill whole (n T_local, D) with every rank's own (T_local, D).
 
-    Simulated: with n copies of this rank's, so that the router still sees real, different tokens.
+    Simulated: the others' are this rank's with their features shifted in a ring, differently for
+    each. The router then sees as many different tokens as a real one would. (With plain copies a
+    decode step of 64 tokens had 8 different ones, read the weights of few experts and was 1.8 times
+    too fast.)
     """
     if group.simulated:
-        torch.cat([own] * group.size, out=whole)
+        (tokens, size), ranks = own.shape, group.size
+        three = torch.cat([own] * 3, dim=1)  # wherever a row is begun, it goes on
+        step = size // ranks
+        begin = size - group.index * step  # so that this rank's own part is not shifted
+        shifted = three.as_strided((ranks, tokens, size), (step, 3 * size, 1), begin)
+        whole.view(ranks, tokens, size).copy_(shifted)
     else:
         _all_gather(whole, own, group=group.process_group)

@@ -60,7 +60,11 @@ def test_collectives_keep_this_rank_s_part_and_say_so():
         )
     assert torch.equal(total, x)
     assert torch.equal(shard.tensor, x[4:6])
-    assert torch.equal(whole, x[:2].repeat(4, 1)[:7])
+    # The others' tokens are its own, shifted by a quarter of the features from rank to rank.
+    others = [x[:2].roll(16 * (2 - rank), dims=1) for rank in range(4)]
+    assert torch.equal(whole, torch.cat(others)[:7])
+    assert torch.equal(whole[4:6], x[:2])
+    assert len(whole.unique(dim=0)) == 7
     torch.testing.assert_close(normed.tensor, oracle.norm(2 * x, torch.zeros(64), 1e-5))
     assert {entry.implementation for entry in ledger.entries} == {"simulated"}
     assert "rank 2 of 4 runs alone and nothing was sent" in str(ledger)
