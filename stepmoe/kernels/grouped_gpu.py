@@ -37,7 +37,8 @@ class Tile:
     stages: int
 
 
-# Chosen by measurement on an H100: notebooks/results/h100_tuning.md.
+# Chosen by measurement: many rows on an H200 (notebooks/results/h200_tuning.md), few on an H100
+# (h100_tuning.md).
 GATE_UP_FEW = Tile(rows=16, columns=32, depth=256, warps=4, stages=3)
 GATE_UP_MANY = Tile(rows=128, columns=128, depth=64, warps=8, stages=4)
 DOWN_FEW = Tile(rows=16, columns=128, depth=128, warps=4, stages=3)
