@@ -133,8 +133,9 @@ def recorded_compute(file: Path, frame: pd.DataFrame) -> tuple[dict[str, Compute
 
 def _what_was_run(frame: pd.DataFrame) -> dict[str, Any]:
     """What two measurements of prefill steps must have in common for their compute to be equal."""
-    attrs = frame.attrs
+    attrs, prefill = frame.attrs, frame[frame["phase"] == "prefill"]
     return {
+        "steps from a CUDA graph": bool(prefill["is_graph"].any()),
         "parallel": {k: v for k, v in attrs["parallel"].items() if k != "simulate_rank"},
         "layers": attrs["layers"],
         "dtype": attrs["dtype"],
