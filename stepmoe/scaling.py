@@ -181,12 +181,13 @@ def rule_of(
     config: Step3p5Config, compute: Compute, chip: Chip, machine: Machine | None = None
 ) -> Rule:
     """The rule under which eight ranks take the compute that one of them was recorded to take, for
-    `deferred` and predict.TOKENS tokens.
+    `deferred` and predict.TOKENS tokens. Without a machine: nodes of eight, of such chips.
 
     Raises:
         ConfigError: it was faster than its adds and norms alone can be.
     """
-    rule = Rule(chip=chip, machine=machine or _eight_a_node())
+    machine = machine or replace(_eight_a_node(), memory_bandwidth=chip.bandwidth)
+    rule = Rule(chip=chip, machine=machine)
     at_floor = scaled_step(config, "deferred", TOKENS, RANKS, rule)
     factor = (compute.seconds - at_floor.passes) / at_floor.compute
     if factor <= 0:

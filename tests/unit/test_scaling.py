@@ -182,6 +182,8 @@ def test_the_rule_gives_back_what_was_recorded_and_the_prediction_of_eight():
     assert step.tokens_per_gpu_second == pytest.approx(eight.tokens_per_second / 8)
     with pytest.raises(sm.ConfigError, match="adds and norms take"):
         rule_of(FLASH, Compute(0.001, 0.001, 0.001, ""), CHIPS["h100"])
+    fast = CHIPS["h200_datasheet"]
+    assert rule_of(FLASH, COMPUTE, fast).machine.memory_bandwidth == fast.bandwidth
 
 
 def test_one_group_of_experts_is_even():
