@@ -11,6 +11,7 @@ import re
 import shlex
 import shutil
 from collections import Counter
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -64,42 +65,59 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
             item.add_marker(pytest.mark.skip(reason="needs an NVIDIA GPU"))
 
 
-def pytest_terminal_summary(
-    terminalreporter: pytest.TerminalReporter, config: pytest.Config
-) -> None:
-    """Write outcomes by test file, devices and versions to the file named by --record."""
-    file = config.getoption("record")
-    if file is None:
-        return
-    import torch
+def pytest_configure(config: pytest.Config) -> None:
+    # With several test processes only the first, which gets every report, writes the file.
+    if (file := config.getoption("record")) and not hasattr(config, "workerinput"):
+        config.pluginmanager.register(Record(Path(file), config.invocation_params.args))
 
-    from stepmoe.probe import Probe
 
-    outcomes: dict[str, Counter[str]] = {}
-    for outcome in ("passed", "failed", "error", "skipped"):
-        for report in terminalreporter.getreports(outcome):
-            if outcome != "passed" or report.when == "call":
-                outcomes.setdefault(Path(report.location[0]).name, Counter())[outcome] += 1
-    words = config.invocation_params.args
-    kept = [
-        word
-        for before, word in zip(("", *words), words, strict=False)
-        if "--record" not in (before, word) and not word.startswith("--record=")
-    ]
-    packages = {name: Probe().package(name) for name in ("triton", "flashinfer-python")}
-    content = {
-        "format": "stepmoe tests 1",
-        "command": shlex.join(["pytest", *kept]),
-        "date": datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
-        "gpus": [torch.cuda.get_device_name(i) for i in range(torch.cuda.device_count())],
-        "versions": {
-            "python": platform.python_version(),
-            "torch": torch.__version__,
-            "cuda": torch.version.cuda,
-            **{name: version for name, version in packages.items() if version},
-        },
-        "outcomes": {name: dict(counts) for name, counts in sorted(outcomes.items())},
-        "total": dict(sum(outcomes.values(), Counter())),
-    }
-    Path(file).write_text(json.dumps(content, indent=1) + "\n")
-    terminalreporter.write_line(f"recorded in {file}")
+class Record:
+    """Writes outcomes by test file, what failed, devices and versions to the file of --record.
+
+    Again after every test, so that a run that is cut off leaves what it found.
+    """
+
+    def __init__(self, file: Path, words: Sequence[str]) -> None:
+        import torch
+
+        from stepmoe.probe import Probe
+
+        kept = [
+            word
+            for before, word in zip(("", *words), words, strict=False)
+            if "--record" not in (before, word) and not word.startswith("--record=")
+        ]
+        packages = {name: Probe().package(name) for name in ("triton", "flashinfer-python")}
+        self._file, self._outcomes, self._failed = file, dict[str, Counter[str]](), dict[str, str]()
+        self._content = {
+            "format": "stepmoe tests 1",
+            "command": shlex.join(["pytest", *kept]),
+            "gpus": [torch.cuda.get_device_name(i) for i in range(torch.cuda.device_count())],
+            "versions": {
+                "python": platform.python_version(),
+                "torch": torch.__version__,
+                "cuda": torch.version.cuda,
+                **{name: version for name, version in packages.items() if version},
+            },
+        }
+        self._write()
+
+    def pytest_runtest_logreport(self, report: pytest.TestReport) -> None:
+        if report.passed and report.when != "call":
+            return
+        outcome = "error" if report.failed and report.when != "call" else report.outcome
+        self._outcomes.setdefault(Path(report.location[0]).name, Counter())[outcome] += 1
+        if report.failed:
+            crash = getattr(report.longrepr, "reprcrash", None)
+            reason = crash.message if crash else report.longreprtext
+            self._failed[report.nodeid] = reason.partition("\n")[0][:300]
+        self._write()
+
+    def _write(self) -> None:
+        found = {
+            "date": datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
+            "outcomes": {name: dict(counts) for name, counts in sorted(self._outcomes.items())},
+            "total": dict(sum(self._outcomes.values(), Counter())),
+            "failed": self._failed,
+        }
+        self._file.write_text(json.dumps({**self._content, **found}, indent=1) + "\n")
