@@ -6,6 +6,7 @@ Works on copies. Authors pass --in-place to store the outputs in the notebooks t
 import argparse
 import html
 import itertools
+import os
 import re
 import sys
 import time
@@ -13,6 +14,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
+from urllib.parse import quote
 
 import nbformat
 from nbclient import NotebookClient
@@ -96,7 +98,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         print(f"{run.seconds:6.1f} s  {'FAILED' if run.failure else 'ok'}", flush=True)
         if run.failure:
             print(f"    {run.failure}", flush=True)
-        write_html(run, args.output, runs=[p.stem for p in paths])
+        write_html(run, args.output, source=source, runs=[p.stem for p in paths])
         if args.in_place and not run.failure:
             store(run, path)
         runs.append(run)
@@ -167,10 +169,11 @@ def execute(path: Path, name: str, *, cell_timeout: int) -> Run:
     return Run(name, notebook, seconds, failure)
 
 
-def write_html(run: Run, output: Path, *, runs: Sequence[str]) -> Path:
+def write_html(run: Run, output: Path, *, source: Path, runs: Sequence[str]) -> Path:
     """Write one executed notebook as a page with its images in it.
 
     Args:
+        source: the folder the notebooks are in: links to other files lead back to it.
         runs: names of the notebooks that become pages, so that links between them lead there.
     """
     exporter = HTMLExporter(embed_images=True)
@@ -180,6 +183,13 @@ def write_html(run: Run, output: Path, *, runs: Sequence[str]) -> Path:
     body = re.sub(rf'(href="[^":]*\b(?:{pages}))\.ipynb(["#])', r"\1.html\2", body)
     page = output / f"{run.name}.html"
     page.parent.mkdir(parents=True, exist_ok=True)
+    folder = (source / run.name).parent
+
+    def in_source(link: re.Match[str]) -> str:
+        file = folder / link[1]
+        return f'href="{quote(os.path.relpath(file, page.parent))}"' if file.is_file() else link[0]
+
+    body = re.sub(r'href="([^":#]+)"', in_source, body)
     page.write_text(body, encoding="utf-8")
     return page
 

@@ -52,6 +52,7 @@ def layer_table(record: dict[str, Any]) -> pd.DataFrame:
     """What `python -m stepmoe layer-floor --json` wrote: a row an operation, a column a step.
 
     An entry reads "time / floor = ratio", in us; without the ratio where the floor is below 0.1 us.
+    It is empty where a step has no such operation: with few tokens some are part of others.
     """
     import pandas as pd
 
@@ -60,7 +61,10 @@ def layer_table(record: dict[str, Any]) -> pd.DataFrame:
         step = (f"{layer['phase']} {layer['batch']} x {layer['length']}", layer["attention"])
         rows = {row["operation"]: row for row in layer["operations"]} | {"whole layer": layer}
         columns[step] = {name: _entry(row) for name, row in rows.items()}
-    return pd.DataFrame(columns)
+    complete_first = sorted(columns.values(), key=len, reverse=True)
+    names = dict.fromkeys(name for column in complete_first for name in column)
+    del names["whole layer"]
+    return pd.DataFrame(columns).reindex([*names, "whole layer"]).fillna("")
 
 
 def _entry(row: dict[str, Any]) -> str:

@@ -48,10 +48,12 @@ def test_goes_on_after_a_failing_notebook(
     write(source / "00_bad.ipynb", "# Bad\n\nIt <fails>.", "x = 1", "x / 0", "print('not reached')")
     write(
         source / "01_good.ipynb",
-        "# The *good* one\n\nSee [the bad](00_bad.ipynb) first. Then more.",
+        "# The *good* one\n\nSee [the bad](00_bad.ipynb) first. Then [more](results/more.md).",
         "print(6 * 7)",
     )
     write(source / "solutions" / "01_good.ipynb", "# Solution", "print('solved')")
+    (source / "results").mkdir()
+    (source / "results" / "more.md").write_text("More")
     before = {path: path.read_bytes() for path in source.rglob("*.ipynb")}
 
     status, output = run(build, source)
@@ -74,6 +76,7 @@ def test_goes_on_after_a_failing_notebook(
     page = (output / "01_good.html").read_text()
     assert "42" in page
     assert 'href="00_bad.html"' in page
+    assert 'href="../path%20with%20space/results/more.md"' in page
     assert "ZeroDivisionError" in (output / "00_bad.html").read_text()
 
 

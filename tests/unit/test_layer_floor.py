@@ -173,6 +173,11 @@ def test_a_layer_in_a_file_says_how_near_the_floor_it_is():
     assert table.iloc[0, 0].endswith(f" / {least} = 2.00")
     assert table.iloc[-1, 0].startswith("8,000 / ")
 
+    fewer = layer_record("full", LayerTime(work(), "decode", 8e-3, rows[::2], 1e-4, 10**9), H100)
+    both = layer_table({"layers": [record, fewer]})
+    assert both.index.tolist() == table.index.tolist()
+    assert both.loc[rows[1].needs.name].tolist().count("") == 1
+
 
 def a_gpu(monkeypatch):
     """One of 24 GB."""
