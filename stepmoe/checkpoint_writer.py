@@ -8,6 +8,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+from safetensors import SafetensorError
 from safetensors.torch import save_file
 from torch import Tensor
 
@@ -34,8 +35,9 @@ def save_pretrained(model: Step3p5ForCausalLM, folder: str | Path) -> None:
     a torch.distributed job that carries CPU tensors, as `Ranks` and `init_distributed` make it.
 
     Raises:
-        CheckpointError: `folder` is a file; the model is a simulated rank, whose peers do not
-            exist; or FP8 weights were changed, so that a block has several scales.
+        CheckpointError: `folder` is a file, or cannot be written to its end; the model is a
+            simulated rank, whose peers do not exist; or FP8 weights were changed, so that a block
+            has several scales.
     """
     path, parallel, group = Path(folder), model.parallel, model.groups["tp"]
     if parallel.simulate_rank is not None:
@@ -48,7 +50,13 @@ def save_pretrained(model: Step3p5ForCausalLM, folder: str | Path) -> None:
     assembly = Assembly(model)
     if group.ranks[0] == 0:  # with more ranks than tp, the others hold the same model again
         if group.index == 0:
-            _write(path, _published_config(model, assembly), assembly)
+            try:
+                _write(path, _published_config(model, assembly), assembly)
+            except (OSError, SafetensorError) as error:
+                raise CheckpointError(
+                    f"{path} cannot be written ({error}): a model that was in it may be gone; give "
+                    "a folder that you may write to, with room for the model"
+                ) from error
         else:
             assembly.hand_over()
     meet_all()
@@ -56,8 +64,7 @@ def save_pretrained(model: Step3p5ForCausalLM, folder: str | Path) -> None:
 
 def _write(path: Path, config: dict[str, Any], assembly: Assembly) -> None:
     path.mkdir(parents=True, exist_ok=True)
-    for old in (INDEX, SINGLE):  # the reader would take an old index before a new single file
-        (path / old).unlink(missing_ok=True)
+    _clear(path)
     _write_json(path / "config.json", config)
     files = list(_files(assembly))
     weight_map: dict[str, str] = {}
@@ -70,6 +77,18 @@ def _write(path: Path, config: dict[str, Any], assembly: Assembly) -> None:
         weight_map |= dict.fromkeys(tensors, file)
     if len(files) > 1:
         _write_json(path / INDEX, {"metadata": {}, "weight_map": weight_map})
+
+
+def _clear(path: Path) -> None:
+    """Take away the model in a folder, index first: no half of it could then be read.
+
+    Other programs read every safetensors file that they find. And config.json may be a link into
+    the hub's cache, or to another folder's: what is written must not go through it.
+    """
+    for name in (INDEX, SINGLE, "config.json"):
+        (path / name).unlink(missing_ok=True)
+    for file in path.glob("model-[0-9]*.safetensors"):
+        file.unlink()
 
 
 def _published_config(model: Step3p5ForCausalLM, assembly: Assembly) -> dict[str, Any]:

@@ -1,6 +1,7 @@
 """What is written in the published layout is read back as the same model."""
 
 import json
+import resource
 
 import pytest
 import torch
@@ -62,6 +63,26 @@ def test_a_model_in_several_files_and_another_in_its_place(tmp_path, monkeypatch
     assert torch.equal(sm.Step3p5ForCausalLM.from_pretrained(tmp_path)(ids), first(ids))
     save_pretrained(second, tmp_path)
     assert torch.equal(sm.Step3p5ForCausalLM.from_pretrained(tmp_path)(ids), second(ids))
+    # Other engines read every safetensors file of a folder that has no index.
+    assert [file.name for file in tmp_path.glob("*.safetensors")] == ["model.safetensors"]
+
+
+@pytest.mark.parametrize("file_bytes", [150_000, 10**9])
+def test_a_folder_of_links_is_overwritten_and_not_what_they_lead_to(
+    tmp_path, monkeypatch, file_bytes
+):
+    """As the hub's cache is: a folder of links to files that other folders share."""
+    config, (blobs, folder) = sm.Step3p5Config.tiny(), (tmp_path / "blobs", tmp_path / "folder")
+    monkeypatch.setattr("stepmoe.checkpoint_writer._FILE_BYTES", file_bytes)
+    save_pretrained(sm.Step3p5ForCausalLM.from_config(config, seed=1), blobs)
+    before = {file: file.read_bytes() for file in blobs.iterdir()}
+    folder.mkdir()
+    for file in before:
+        (folder / file.name).symlink_to(file)
+    other = config.replace(rms_norm_eps=1e-3)
+    save_pretrained(sm.Step3p5ForCausalLM.from_config(other, seed=2), folder)
+    assert {file: file.read_bytes() for file in blobs.iterdir()} == before
+    assert sm.Step3p5Config.from_pretrained(folder).rms_norm_eps == 1e-3
 
 
 def test_a_file_is_no_folder(tmp_path):
@@ -69,6 +90,27 @@ def test_a_file_is_no_folder(tmp_path):
     model = sm.Step3p5ForCausalLM.from_config(sm.Step3p5Config.tiny())
     with pytest.raises(sm.CheckpointError, match="x is a file: give a folder"):
         save_pretrained(model, tmp_path / "x")
+
+
+def test_a_folder_without_room_is_named_and_what_is_left_cannot_be_read(tmp_path):
+    model = sm.Step3p5ForCausalLM.from_config(sm.Step3p5Config.tiny())
+    save_pretrained(model, tmp_path)
+    limits = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (200_000, limits[1]))  # in place of a full disk
+    try:
+        with pytest.raises(sm.CheckpointError, match=f"{tmp_path} cannot be written .*too large"):
+            save_pretrained(model, tmp_path)
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, limits)
+    with pytest.raises(sm.CheckpointError, match="holds neither"):
+        sm.Step3p5ForCausalLM.from_pretrained(tmp_path)
+
+
+def test_a_folder_that_cannot_be_made_is_named(tmp_path):
+    (tmp_path / "x").write_text("")
+    model = sm.Step3p5ForCausalLM.from_config(sm.Step3p5Config.tiny())
+    with pytest.raises(sm.CheckpointError, match=r"x/y cannot be written .*give a folder"):
+        save_pretrained(model, tmp_path / "x" / "y")
 
 
 def test_a_share_of_a_model_is_not_written(tmp_path):
