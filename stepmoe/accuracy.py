@@ -49,7 +49,7 @@ def _run(args: argparse.Namespace) -> int:
 
 def _checked(args: argparse.Namespace) -> dict[str, Any]:
     """The arguments of compare_accuracy; ConfigError for what is wrong before any rank starts."""
-    source = locate(args.model) if args.model else mini.path()
+    source = locate(args.model) if args.model is not None else mini.path()
     arguments = {
         "variants": command.variants_of(args),
         "task": word_problems(args.questions),
@@ -70,7 +70,7 @@ def _give(args: argparse.Namespace, arguments: dict[str, Any], frame: pd.DataFra
         "questions": [len(arguments["task"])],
         "batch-size": [args.batch_size],
     }
-    if args.model:
+    if args.model is not None:
         options["model"] = [command.shown_folder(args.model)]
     frame.attrs["command"] = command.command_line("accuracy", options)
     print(accuracy_table(frame))

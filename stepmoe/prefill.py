@@ -78,14 +78,14 @@ def _run(args: argparse.Namespace) -> int:
 
 def _checked(args: argparse.Namespace) -> dict[str, Any]:
     """The arguments of compare_throughput; raises for what is wrong before any rank starts."""
-    if args.model and args.shape:
+    if args.model is not None and args.shape is not None:
         raise ConfigError(
             f"--shape {args.shape} --model {args.model}: a checkpoint has its own shape; give one "
             "of both"
         )
     layers = command.layers_of(args)
-    source = locate(args.model, layers) if args.model else command.shape_of(args)
-    is_tiny = not args.model and command.shape_name(args) == "tiny"
+    source = locate(args.model, layers) if args.model is not None else command.shape_of(args)
+    is_tiny = args.model is None and command.shape_name(args) == "tiny"
     usual = _TINY if is_tiny else Workload()
     for field in map(_field, _NUMBERS):
         if getattr(args, field) is None:
@@ -130,7 +130,7 @@ def _give(args: argparse.Namespace, arguments: dict[str, Any], frame: pd.DataFra
             options[name] = value if isinstance(value, list) else [value]
     if args.eager:
         options["eager"] = []
-    if args.model:
+    if args.model is not None:
         del options["shape"]
         options["model"] = [command.shown_folder(args.model)]
     frame.attrs["command"] = command.command_line("prefill", options)

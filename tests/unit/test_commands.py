@@ -105,6 +105,9 @@ def test_the_defaults_are_accepted(name):
         ),
         ("prefill", "--model {weightless} --input-len 8", "holds neither model.safetensors nor"),
         ("accuracy", "--model {weightless}", "holds neither model.safetensors nor"),
+        # A shell's variable that is not set: no reason to measure another model.
+        ("prefill", "--model=", "no config.json at ."),
+        ("accuracy", "--model=", "no config.json at ."),
         ("prefill", "--seed -1", "seed must be a whole number of at least 0, got -1"),
         ("prefill", "--shape flash --model {folder}", "a checkpoint has its own shape; give one"),
         ("bench", "--timeout inf", "timeout=inf: give seconds, more than 0 and at most"),
