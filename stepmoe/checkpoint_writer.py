@@ -48,6 +48,7 @@ def save_pretrained(model: Step3p5ForCausalLM, folder: str | Path) -> None:
     if path.exists() and not path.is_dir():
         raise CheckpointError(f"{path} is a file: give a folder to write the model to")
     assembly = Assembly(model)
+    meet_all()  # another rank may still be reading what is in the folder
     if group.ranks[0] == 0:  # with more ranks than tp, the others hold the same model again
         if group.index == 0:
             try:

@@ -1,10 +1,12 @@
 """Models saved from several ranks: what is written is what was read, to the last bit."""
 
 import json
+import time
 from unittest import mock
 
 import pytest
 import torch
+import torch.distributed as dist
 from oracle_fp8 import QUANTISED, multiplied_out
 from safetensors.torch import load_file, save_file
 
@@ -123,6 +125,22 @@ def test_what_is_multiplied_out_is_written_so(ranks4, published, tmp_path):
     for name, weight in sm.Step3p5ForCausalLM.from_pretrained(folder).state_dict().items():
         assert torch.equal(found[name], weight), name
     assert "quantization_config" not in json.loads((tmp_path / "config.json").read_text())
+
+
+def read_late_and_save(folder):
+    """In every rank: the first one is there long before the others have read."""
+    parallel = sm.ParallelConfig(2, 2)
+    time.sleep(0.5 * dist.get_rank())
+    model = sm.Step3p5ForCausalLM.from_pretrained(folder, parallel=parallel, device="cpu")
+    checkpoint_writer.save_pretrained(model, folder)
+
+
+def test_a_model_can_be_saved_where_it_was_read(ranks4, published, tmp_path):
+    """Nothing is taken away while a rank still reads it."""
+    ranks4.run(read_and_save, published[0], tmp_path, sm.ParallelConfig(4, 2), None, 10**9)
+    before = read(tmp_path)
+    ranks4.run(read_late_and_save, tmp_path)
+    expect_equal(read(tmp_path), before)
 
 
 def save_a_changed_share(source, target, name):
