@@ -208,6 +208,8 @@ def _check(args: argparse.Namespace) -> None:
     check_timeout(args.timeout)
     for file in (args.json, args.csv):
         check_writable(file)
+    if args.json is not None and args.json == args.csv:
+        raise ConfigError(f"--json {args.json} --csv {args.csv}: give each a file of its own")
     check_packages("pandas", *(() if torchrun_ranks() else PACKAGES))
 
 

@@ -2,7 +2,7 @@
 
 A file holds one kind of measurement, latency, throughput or accuracy, told by its columns.
 
-    pandas.read_json("notebooks/results/latency.json", orient="table")
+    pandas.read_json("notebooks/results/cpu_tiny_tp2.json", orient="table")
 
 gives the rows; `load` gives back the attributes as well, and every digit.
 """

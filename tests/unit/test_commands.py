@@ -114,6 +114,11 @@ def test_the_defaults_are_accepted(name):
         ("recovery", "--tp 1", "--tp must be a whole number of at least 2, got 1"),
         ("recovery", "--hidden 0", "--hidden must be a whole number of at least 1, got 0"),
         ("bench", "--csv {file}/x.csv", "cannot write into {file}/x.csv (Not a directory)"),
+        (
+            "bench",
+            "--json {folder}/x --csv {folder}/x",
+            "--csv {folder}/x: give each a file of its",
+        ),
         ("bench", "--json {folder}/no/x.json", "cannot write into {folder}/no/x.json"),
     ],
 )
