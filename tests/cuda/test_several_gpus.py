@@ -5,12 +5,11 @@ What needs more GPUs than there are is skipped. The functions that take `case` r
 
 import itertools
 
-import cloudpickle
-import greedy
 import oracle
 import pytest
 import torch
 import torch.distributed as dist
+from greedy import eager_tokens
 
 import stepmoe as sm
 from stepmoe.comm.fusion import force
@@ -19,7 +18,6 @@ from stepmoe.parallel import tensor_layouts
 from stepmoe.random_weights import random_tensor
 
 pytestmark = pytest.mark.cuda
-cloudpickle.register_pickle_by_value(greedy)  # the ranks cannot import it
 
 # Heads, experts and sizes that 8 ranks can share; a hidden size that all fused kernels take.
 SHAPE = sm.Step3p5Config.tiny().replace(hidden_size=1024)
@@ -104,7 +102,7 @@ def replayed_and_eager(variant, parallel, implementation=None):
     ids = IDS.cuda()
     with force_or_not(implementation):
         replayed = model.generate(ids, 20)
-        eager, certain, _ = greedy.eager_tokens(model, ids, 20, model.decode_graph.capacity)
+        eager, certain, _ = eager_tokens(model, ids, 20, model.decode_graph.capacity)
     return replayed.cpu(), eager.cpu(), certain
 
 
