@@ -22,8 +22,10 @@ RANKS = (2, 4, 8)
 # Of a GPU's memory: the rest is for activations, caches, graphs and the fused operation's windows.
 # 45 layers at tp=8 take 0.64 of 80 GB (recorded), and are to fit.
 _FOR_WEIGHTS = 0.72
-# Seconds of the published workload on 8 GPUs. 200 prompts of 8192 tokens by four variants take 104
-# to 142 at the published 46 to 63 thousand tokens/s; the rest is for making weights and warming up.
+# The published workload is 200 prompts on 8 GPUs. Fewer GPUs take longer over each, and get fewer.
+_PROMPTS_A_GPU = 25
+# Seconds of it, all layers. 200 prompts of 8192 tokens by four variants take 104 to 142 at the
+# published 46 to 63 thousand tokens/s; the rest is for making weights and warming up.
 _PREFILL = 240
 _FLASH = Step3p5Config.flash()
 _PYTEST = "python -m pytest -q -o addopts="  # the project's own ask for a plug-in
@@ -147,6 +149,9 @@ def check_places(steps: Sequence[Step]) -> None:
 
 def _measurement(setting: Setting) -> list[Step]:
     ranks = setting.ranks
+    number, every = _PROMPTS_A_GPU * ranks, _PROMPTS_A_GPU * RANKS[-1]
+    prompts = f"--prompts {number}"
+    share = "the" if number == every else f"{number} of {every} prompts of the"
     stack, some, work = _stack(setting, None)
     stack_fp8, some_fp8, work_fp8 = _stack(setting, "fp8")
     torchrun = f"torchrun --nproc-per-node {ranks} -m stepmoe"
@@ -161,13 +166,13 @@ def _measurement(setting: Setting) -> list[Step]:
              f"{tests} tests/cuda/test_several_gpus.py", 200, 600, "tests/cuda"),
         Step("collectives", "collectives alone and the fused operation, 1 to 16384 tokens",
              f"{torchrun} bench-fusion --json {RESULT}", 60, 240),
-        Step("prefill", f"{stack}, all variants: the published workload",
-             f"{prefill} --prompts 200{some}", work, 3 * work),
+        Step("prefill", f"{stack}, all variants: {share} published workload",
+             f"{prefill} {prompts}{some}", work, 3 * work),
         Step("decode", f"{stack}, all variants: decode at batch 1 to 256",
              f"{prefill} --prompts 2 {_DECODE}{some}", 120, 400),
         Step("prefill-fp8",
              f"{stack_fp8}, all variants, in FP8: as the published figures were made",
-             f"{prefill} --quantization fp8 --prompts 200{some_fp8}", work_fp8, 3 * work_fp8),
+             f"{prefill} --quantization fp8 {prompts}{some_fp8}", work_fp8, 3 * work_fp8),
         Step("layer-full", "one layer with full attention: prefill and decode",
              f"{prefill} --layers 4 {one}", 60, 240),
         Step("layer-sliding", "one layer with sliding attention: prefill and decode",
@@ -183,9 +188,9 @@ def _measurement(setting: Setting) -> list[Step]:
 
 
 def _stack(setting: Setting, quantization: Quantization) -> tuple[str, str, int]:
-    """The layers that fit, in words and as an argument; seconds of the published workload then."""
+    """The layers that fit, in words and as an argument; seconds of the prefill workload then."""
     every, layers = _FLASH.num_hidden_layers, setting.num_layers(quantization)
-    seconds = round(_PREFILL * 8 / setting.ranks * layers / every)
+    seconds = round(_PREFILL * layers / every)
     if layers == every:
         return f"the {every}-layer stack", "", seconds
     words = f"the first {layers} of {every} layers (all that fit)"
