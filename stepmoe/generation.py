@@ -13,9 +13,9 @@ import functools
 from typing import TYPE_CHECKING
 
 import torch
-import torch.distributed as dist
 from torch import Tensor
 
+from stepmoe.comm.groups import backend_for
 from stepmoe.comm.ledger import Entry, note, record, repeat, untimed
 from stepmoe.errors import ConfigError
 from stepmoe.kernels.dispatch import takes_kernel
@@ -193,6 +193,8 @@ def _why_not(model: Step3p5ForCausalLM) -> str:
         return "it needs kernels that only Triton in float32, bfloat16 or float16 provides"
     if model.config.moe_layers and weight.dtype is not torch.bfloat16:
         return f"the experts' grouped products wait for the host in {weight.dtype}, not in bfloat16"
-    if group.process_group is not None and dist.get_backend(group.process_group) != "nccl":
-        return f"the ranks of {group} communicate over gloo, which copies through the host"
+    if group.process_group is not None:
+        backend = backend_for(weight.device, group.process_group)
+        if backend != "nccl":
+            return f"the ranks of {group} communicate over {backend}, which copies through the host"
     return ""

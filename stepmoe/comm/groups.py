@@ -45,6 +45,19 @@ def world_size() -> int:
     return dist.get_world_size() if dist.is_initialized() else 1
 
 
+def backend_for(device: torch.device, process_group: dist.ProcessGroup | None = None) -> str:
+    """What carries tensors of this device between the ranks: "nccl" or "gloo".
+
+    A group can have one for each kind of device, and `dist.get_backend` then names none of them:
+    groups of `Ranks` and `init_distributed` are "cpu:gloo,cuda:nccl" where each rank has a GPU.
+
+    Args:
+        process_group: None for that of the whole job.
+    """
+    pairs = (pair.split(":") for pair in dist.get_backend_config(process_group).split(","))
+    return {kind: name for kind, name in pairs}[device.type]
+
+
 def meet(group: RankGroup, device: torch.device) -> None:
     """Let no rank of the group pass before all have come: a sum of one number, which needs all.
 

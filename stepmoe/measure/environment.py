@@ -12,9 +12,9 @@ from pathlib import Path
 from typing import Any
 
 import torch
-import torch.distributed as dist
 
 import stepmoe
+from stepmoe.comm.groups import backend_for, world_size
 from stepmoe.parallel import ParallelConfig
 from stepmoe.probe import Probe
 
@@ -49,7 +49,7 @@ def look_around(device: torch.device) -> Place:
         cpu=cpu_model(),
         cores=Probe().cores(),
         threads=torch.get_num_threads(),
-        backend=_backend(device),
+        backend=backend_for(device) if world_size() > 1 else "none: one rank",
         cache_bytes=size,
         cache_source=source,
         versions=versions(on_gpu),
@@ -132,14 +132,6 @@ def last_level_cache(device: torch.device) -> tuple[int, str]:
 def _sysctl(name: str) -> str:
     done = subprocess.run(["sysctl", "-n", name], capture_output=True, text=True, check=False)
     return done.stdout.strip()
-
-
-def _backend(device: torch.device) -> str:
-    """What carries data between the ranks for tensors of this device."""
-    if not dist.is_initialized() or dist.get_world_size() == 1:
-        return "none: one rank"
-    pairs = (pair.split(":") for pair in dist.get_backend_config().split(","))
-    return {kind: name for kind, name in pairs}[device.type]
 
 
 def versions(on_gpu: bool) -> dict[str, str]:
