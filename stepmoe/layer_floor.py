@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 import importlib.util
 import json
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
@@ -96,8 +97,9 @@ def _has_peer() -> bool:
 
 def measure(args: argparse.Namespace, parallel: ParallelConfig) -> dict[str, Any]:
     """Everything the arguments ask for, as what is kept in a file."""
+    from stepmoe.measure.chip import measure_chip
     from stepmoe.measure.environment import look_around, provenance
-    from stepmoe.measure.layer_floor import Stack, measured_chip
+    from stepmoe.measure.layer_floor import Stack
     from stepmoe.measure.layer_record import layer_record
     from stepmoe.measure.peer import peer_seconds, peer_version
 
@@ -105,7 +107,7 @@ def measure(args: argparse.Namespace, parallel: ParallelConfig) -> dict[str, Any
     where = provenance([look_around(device)])
     if args.peer:
         where["versions"]["transformers"] = peer_version()
-    chip = measured_chip(device)
+    chip = measure_chip(device)
     batch, length = args.prefill
     layers = []
     growth = 0
@@ -128,7 +130,7 @@ def measure(args: argparse.Namespace, parallel: ParallelConfig) -> dict[str, Any
         "parallel": {"tp": parallel.tp, "ep": parallel.ep, "simulate_rank": parallel.simulate_rank},
         "variant": args.variant,
         "dtype": "bfloat16",
-        "chip": {"rate": chip.rate, "bandwidth": chip.bandwidth, "source": chip.source},
+        "chip": asdict(chip),
         "growth_bytes_in_1000_passes": growth,
         "layers": layers,
     }
@@ -152,8 +154,9 @@ def text_of(record: dict[str, Any]) -> str:
     """The tables, for a terminal."""
     chip = record["chip"]
     lines = [
-        f"{', '.join(record['hardware']['gpus'])}: {chip['rate'] / 1e12:.0f} TFLOP/s, "
-        f"{chip['bandwidth'] / 1e12:.2f} TB/s; {record['date']}"
+        f"{', '.join(record['hardware']['gpus'])}: {chip['rate'] / 1e12:.0f} TFLOP/s for a moment, "
+        f"{chip['sustained_rate'] / 1e12:.0f} kept up; {chip['bandwidth'] / 1e12:.2f} TB/s; "
+        f"{record['date']}"
     ]
     for layer in record["layers"]:
         lines += ["", _heading(layer), f"{'operation':28}{'us':>9}{'floor':>9}{'ratio':>7}  bound"]
@@ -171,7 +174,8 @@ def _heading(layer: dict[str, Any]) -> str:
     text = (
         f"{layer['attention']} attention, {layer['phase']}, {layer['batch']} x {layer['length']} "
         f"tokens, context {layer['context']}: {layer['seconds'] * 1e6:.1f} us, "
-        f"floor {layer['floor'] * 1e6:.1f}, ratio {layer['ratio']:.2f}"
+        f"floor {layer['floor'] * 1e6:.1f}, ratio {layer['ratio']:.2f} (at the rate kept up "
+        f"{layer['seconds'] / layer['sustained_floor']:.2f})"
     )
     if layer["eager_seconds"] is not None:
         text += f"; launched by the host: {layer['eager_seconds'] * 1e6:.1f} us"

@@ -11,7 +11,7 @@ D hidden, H query heads, G key-value heads, d head_dim, E experts, K top-k, F in
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 
@@ -27,18 +27,26 @@ class Chip:
     Attributes:
         rate: operations a second in matrix products.
         bandwidth: bytes a second to and from its memory, read plus written.
-        source: where the two come from.
+        source: where the rates come from.
+        sustained_rate: that of products which follow each other for longer than a moment. Their
+            power then is at its limit, and the GPU lowers its clock. None where nobody measured it.
     """
 
     name: str
     rate: float
     bandwidth: float
     source: str
+    sustained_rate: float | None = None
 
     @property
     def balance(self) -> float:
         """Operations a byte at which arithmetic and memory take equally long."""
         return self.rate / self.bandwidth
+
+    def sustained(self) -> Chip | None:
+        """The same at the rate that it keeps up; None where nobody measured it."""
+        rate = self.sustained_rate
+        return None if rate is None else replace(self, rate=rate)
 
 
 _MEASURED = "measured with torch 2.11.0+cu130: bf16 8192^3 matmul; device-to-device copy"

@@ -1,10 +1,10 @@
 """One MoE layer's share on one GPU: how long every operation takes, and how near a floor that is.
 
 The floor of an operation is the larger of its operations over the matrix rate and its fewest bytes
-over the copy bandwidth, both measured in the same run (operations.py). A layer is timed within a
-stack, as the difference between a model of several such layers and one of a single layer: inputs,
-weights and caches then differ from layer to layer, as in a model, and together exceed the cache of
-the GPU. How the time spreads over operations comes from a profile of the same passes.
+over the copy bandwidth, both measured in the same run (operations.py, chip.py). A layer is timed
+within a stack, as the difference between a model of several such layers and one of a single layer:
+inputs, weights and caches then differ from layer to layer, as in a model, and together exceed the
+cache of the GPU. How the time spreads over operations comes from a profile of the same passes.
 """
 
 from __future__ import annotations
@@ -71,19 +71,6 @@ class LayerTime:
         """Memory held over the buffers that cannot be avoided."""
         held = self.activation_bytes
         return None if held is None else held / unavoidable_bytes(self.work)
-
-
-def measured_chip(device: torch.device) -> Chip:
-    """Matrix rate (bf16, 8192 cubed) and copy bandwidth (1 GiB) of this GPU, now."""
-    x, y = (torch.randn(8192, 8192, device=device, dtype=torch.bfloat16) for _ in range(2))
-    flush = Flush(device)
-    product = flush.median(lambda: x @ y)
-    source = torch.empty(2**30, device=device, dtype=torch.uint8)
-    target = torch.empty_like(source)
-    copy = flush.median(lambda: target.copy_(source))
-    name = torch.cuda.get_device_name(device)
-    source_text = "measured in the same run: bf16 8192 x 8192 x 8192 product, copy of 1 GiB"
-    return Chip(name, 2 * 8192**3 / product, 2 * 2**30 / copy, source_text)
 
 
 class Stack:

@@ -14,7 +14,7 @@ if TYPE_CHECKING:
 
 def layer_record(attention: str, layer: LayerTime, chip: Chip) -> dict[str, Any]:
     """One layer and its operations; seconds and bytes."""
-    work = layer.work
+    work, sustained = layer.work, chip.sustained()
     return {
         "attention": attention,
         "phase": layer.phase,
@@ -28,6 +28,7 @@ def layer_record(attention: str, layer: LayerTime, chip: Chip) -> dict[str, Any]
         "eager_seconds": layer.eager_seconds,
         "floor": layer.floor(chip),
         "ratio": layer.ratio(chip),
+        "sustained_floor": sustained and layer.floor(sustained),
         "other": layer.other,
         "activation_bytes": layer.activation_bytes,
         "unavoidable_bytes": unavoidable_bytes(work),

@@ -162,6 +162,12 @@ def test_a_layer_in_a_file_says_how_near_the_floor_it_is():
     assert [row["ratio"] for row in record["operations"]] == pytest.approx([2.0] * 3)
     floor = sum(row.needs.floor(H100) for row in rows)
     assert record["ratio"] == pytest.approx(8e-3 / floor)
+    assert record["sustained_floor"] is None
+    slower = layer_record("full", layer, dataclasses.replace(H100, sustained_rate=H100.rate / 2))
+    assert slower["floor"] == record["floor"]
+    assert slower["sustained_floor"] == sum(
+        max(2 * row.needs.operations / H100.rate, row.needs.bytes / H100.bandwidth) for row in rows
+    )
     assert record["memory_ratio"] == pytest.approx(1e9 / unavoidable_bytes(work()))
     add_norm = record["operations"][0]
     assert add_norm["bound"] == "memory"
@@ -218,7 +224,8 @@ def test_the_recorded_command_measures_the_same_and_names_no_file(words, tmp_pat
     a_gpu(monkeypatch)
     monkeypatch.setattr(layer_floor, "_has_peer", lambda: True)
     monkeypatch.setattr("stepmoe.measure.layer_floor.Stack", MadeUpStack)
-    monkeypatch.setattr("stepmoe.measure.layer_floor.measured_chip", lambda device: H100)
+    chip = dataclasses.replace(H100, sustained_rate=0.8 * H100.rate)
+    monkeypatch.setattr("stepmoe.measure.chip.measure_chip", lambda device: chip)
     monkeypatch.setattr("stepmoe.measure.peer.peer_version", lambda: "5.23")
     monkeypatch.setattr("stepmoe.measure.peer.peer_seconds", lambda *_: 1.0)
     here = dataclasses.replace(look_around(torch.device("cpu")), gpu="made up")
