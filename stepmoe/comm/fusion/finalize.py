@@ -7,7 +7,7 @@ positions, -1 where another rank has the expert. Read in the source of 0.6.13:
 
 - Weights, products and sums are in the tensors' dtype, each rounded. The same arithmetic in torch
   errs 1.3 (2 ranks) to 1.7 times (8 ranks) as much in bfloat16 as that of the two kernels. The
-  weights are read as that dtype, whatever they are.
+  weights are read as that dtype, whatever they are. `fp32_acc` and `use_oneshot` do not reach it.
 - A hidden size that is no multiple of 256 reads and writes beyond a token (1344, say).
 - It reads each rank's addend in *that rank's* buffer, where the one it is derived from, TensorRT-
   LLM's, reads its own. A rank clears its buffer at the start of its next call on this workspace; a
@@ -86,26 +86,16 @@ class FinalizePath(FlashInferPath):
     ) -> tuple[Tensor, Tensor]:
         """Sum the rows onto the shared expert's output, complete the sum, add it to the residual
         and normalise: all (T, D). Returns (normalised, residual)."""
-        from flashinfer.comm import AllReduceFusionPattern, allreduce_fusion
-
-        residual = residual.contiguous()
-        normed, new_residual = torch.empty_like(residual), torch.empty_like(residual)
-        allreduce_fusion(
-            input=rows.outputs.contiguous(),
-            workspace=self.workspaces[-1],
-            pattern=AllReduceFusionPattern.kMoEFinalizeARResidualRMSNorm,
-            launch_with_pdl=True,
-            residual_in=residual,
-            residual_out=new_residual,
-            norm_out=normed,
-            rms_gamma=weight.to(residual.dtype),
-            rms_eps=eps,
+        return self.run(
+            rows.outputs.contiguous(),
+            residual.contiguous(),
+            weight,
+            eps,
+            pattern="kMoEFinalizeARResidualRMSNorm",
             expanded_idx_to_permuted_idx=rows.order.positions,
             expert_scale_factor=rows.weights.to(residual.dtype),
             shared_expert_output=shared.contiguous(),
-            weight_bias=1.0,
         )
-        return normed, new_residual
 
 
 def why_not(place: Place, partial: Tensor, forced: str | None) -> str:

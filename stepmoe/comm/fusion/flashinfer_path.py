@@ -72,11 +72,15 @@ class FlashInferPath:
         weight: Tensor,
         eps: float,
         shots: int | None = None,
+        pattern: str = "kARResidualRMSNorm",
+        **more: Tensor,
     ) -> tuple[Tensor, Tensor]:
         """Complete the sum, add it to the residual, normalise. Returns (normalised, residual).
 
         Args:
             shots: 1, 2 (which needs more tokens than ranks), or None for FlashInfer's own choice.
+            pattern: FlashInfer's name of what is fused.
+            more: what another pattern takes besides.
         """
         from flashinfer.comm import AllReduceFusionPattern, allreduce_fusion
 
@@ -85,7 +89,7 @@ class FlashInferPath:
         allreduce_fusion(
             input=partial,
             workspace=self.workspaces[-1],
-            pattern=AllReduceFusionPattern.kARResidualRMSNorm,
+            pattern=getattr(AllReduceFusionPattern, pattern),
             launch_with_pdl=True,
             residual_in=residual,
             residual_out=new_residual,
@@ -97,6 +101,7 @@ class FlashInferPath:
             use_oneshot=None if shots is None else shots == 1,
             fp32_acc=True,
             **({"weight_bias": 1.0} if adds_one else {}),
+            **more,
         )
         return normed, new_residual
 
