@@ -28,7 +28,7 @@ def save_pretrained(model: Step3p5ForCausalLM, folder: str | Path) -> None:
 
     Weights keep the dtype they have in the model; those in FP8 keep numbers and scales, to the last
     bit. The folder is made if it does not exist. A model in it is overwritten, and until the new
-    one is complete there is none that could be read.
+    one is complete there is none that could be read; a model that is refused leaves it as it was.
 
     Every rank calls this together, and none returns before the files are there. The first one
     writes: it needs memory for one file, 5 GB, or one tensor. The others send it their slices, in
@@ -51,6 +51,7 @@ def save_pretrained(model: Step3p5ForCausalLM, folder: str | Path) -> None:
     meet_all()  # another rank may still be reading what is in the folder
     if group.ranks[0] == 0:  # with more ranks than tp, the others hold the same model again
         if group.index == 0:
+            assembly.collect_scales()  # refuses, while the folder is still what it was
             try:
                 _write(path, _published_config(model, assembly), assembly)
             except (OSError, SafetensorError) as error:

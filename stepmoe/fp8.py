@@ -106,14 +106,16 @@ def keep(
     target.scale[here][..., : target.num_blocks] = spread
 
 
-def as_published(held: BlockScaled, slices: tuple[slice, ...], name: str) -> tuple[Tensor, Tensor]:
-    """What `keep` wrote into a weight that it filled: its numbers, and its blocks' scales.
+def kept_numbers(held: BlockScaled) -> Tensor:
+    """(..., r, c) float8_e4m3fn: the numbers that `keep` wrote into a weight, a view of it."""
+    return held.weight.narrow(-1, held.offset, held.columns)
+
+
+def kept_scales(held: BlockScaled, slices: tuple[slice, ...], name: str) -> Tensor:
+    """The scales that `keep` wrote into a weight: what `scale_slices(slices)` cuts out of all.
 
     Args:
         slices: where the weight lies in the published one, whose name is for the error.
-
-    Returns:
-        (..., r, c) float8_e4m3fn and what `scale_slices(slices)` cuts out of the whole scales.
 
     Raises:
         CheckpointError: the rows of a block have several scales.
@@ -123,7 +125,7 @@ def as_published(held: BlockScaled, slices: tuple[slice, ...], name: str) -> tup
     scale = held.scale[..., : held.num_blocks]
     by_block = scale.index_select(-2, torch.searchsorted(blocks, blocks.unique()))
     expect_same_scales(by_block.index_select(-2, blocks), scale, name)
-    return held.weight.narrow(-1, held.offset, held.columns), by_block
+    return by_block
 
 
 def expect_same_scales(known: Tensor, scale: Tensor, name: str) -> None:

@@ -154,12 +154,15 @@ def test_a_model_quantised_here_is_written_as_it_is(tmp_path):
         assert torch.equal(again.state_dict()[name].view(torch.uint8), weight.view(torch.uint8))
 
 
-def test_a_block_with_several_scales_is_refused(tmp_path):
+def test_a_block_with_several_scales_is_refused_and_the_folder_left_as_it_was(tmp_path):
     model = sm.Step3p5ForCausalLM.from_config(CONFIG, quantization="fp8")
+    save_pretrained(model, tmp_path)
+    before = {file: file.read_bytes() for file in tmp_path.iterdir()}
     name = "model.layers.3.moe.up_proj.weight"
     weight_views(model)[name].scale[5, 200] *= 2  # a row of the second block of 128
     with pytest.raises(sm.CheckpointError, match=f"{name} is held in FP8 with several scales"):
         save_pretrained(model, tmp_path)
+    assert {file: file.read_bytes() for file in tmp_path.iterdir()} == before
 
 
 def test_what_is_not_in_fp8_is_quantised_while_reading(published, tmp_path, monkeypatch):
