@@ -14,7 +14,7 @@ from stepmoe import command
 from stepmoe.checks import whole_number
 from stepmoe.command_checks import check_writable
 from stepmoe.launch import init_distributed
-from stepmoe.launch.rank import DEVICES
+from stepmoe.launch.rank import DEVICES, leave
 from stepmoe.measure.plan import FEWEST_ROUNDS
 
 _DTYPES = ("bfloat16", "float16")
@@ -65,7 +65,7 @@ def _run(args: argparse.Namespace) -> int:
                 timings, places, args.hidden, dtype, line, rehearsal=args.rehearse
             )
             args.json.write_text(json.dumps(content, indent=1) + "\n")
-    dist.destroy_process_group()
+    leave()
     return 0
 
 

@@ -11,12 +11,13 @@ from typing import TYPE_CHECKING, Any
 import torch.distributed as dist
 
 from stepmoe.checks import DTYPES
+from stepmoe.comm.groups import world_size
 from stepmoe.command_checks import check_packages, check_writable
 from stepmoe.config import Step3p5Config
 from stepmoe.errors import ConfigError
 from stepmoe.launch import Ranks, init_distributed
 from stepmoe.launch.arguments import PACKAGES, check_timeout
-from stepmoe.launch.rank import DEVICES, check_device, torchrun_rank, torchrun_ranks
+from stepmoe.launch.rank import DEVICES, check_device, leave, torchrun_rank, torchrun_ranks
 from stepmoe.layers import layer_numbers
 from stepmoe.parallel import ParallelConfig
 from stepmoe.variants import VARIANTS
@@ -223,6 +224,11 @@ def _measure(
             return measure(ranks=ranks, **arguments)
     init_distributed(device)
     try:
-        return measure(**arguments)
-    finally:
-        dist.destroy_process_group()
+        frame = measure(**arguments)
+    except BaseException:
+        # NCCL's end would wait for the peers, and they wait for this rank: nobody would see why.
+        if world_size() == 1 or dist.get_backend() == "gloo":
+            leave()
+        raise
+    leave()
+    return frame

@@ -15,6 +15,7 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor
 
+from stepmoe.comm.graphs import new_graph
 from stepmoe.comm.groups import backend_for
 from stepmoe.comm.ledger import Entry, note, record, repeat, untimed
 from stepmoe.errors import ConfigError
@@ -90,7 +91,7 @@ class StepGraph:
         device = model.lm_head.weight.device
         self.batch, self.length, self.cache, self.start = batch, length, cache, start
         self._tokens = torch.zeros(batch, length, dtype=torch.int64, device=device)
-        self._graph = torch.cuda.CUDAGraph()
+        self._graph = new_graph()
         # Kernels are compiled, slots reserved and libraries set up in ordinary steps, on a stream
         # of their own as torch asks of what comes before a capture.
         stream = _stream_before_captures(device)

@@ -6,6 +6,7 @@ Needs torch alone, so that the same functions run under `torchrun` without a not
 import atexit
 import os
 import socket
+import sys
 import time
 from typing import Any
 
@@ -44,7 +45,8 @@ def init_distributed(device: str = "auto") -> torch.device:
 
     Does nothing in a process that has done so already, and makes a world of one where there is
     no torchrun: a script that starts with this line runs in a rank, under torchrun and alone. A
-    group of gloo is destroyed when the process ends.
+    group of gloo is destroyed when the process ends. Who destroys one of NCCL before that calls
+    `leave` for it: models that have decoded keep CUDA graphs, for which NCCL would wait.
 
     Args:
         device: "cpu", "cuda" or "auto" (GPUs where there are some).
@@ -78,11 +80,20 @@ def init_distributed(device: str = "auto") -> torch.device:
         alone = dist.HashStore()  # type: ignore[attr-defined]
         dist.init_process_group(backend, store=alone, rank=0, world_size=1)
     if backend == "gloo":
-        atexit.register(_leave)
+        atexit.register(_leave_at_exit)
     return rank_device()
 
 
-def _leave() -> None:
+def leave() -> None:
+    """Destroy this rank's process groups, and before them the CUDA graphs with their collectives,
+    for which NCCL would wait."""
+    graphs = sys.modules.get("stepmoe.comm.graphs")  # not imported where nothing was captured
+    if graphs:
+        graphs.end_graphs()
+    dist.destroy_process_group()
+
+
+def _leave_at_exit() -> None:
     """Destroy the group before Python shuts down, as torch's documentation asks of scripts.
 
     A thread of gloo that frees its last tensor only after that ends the process with SIGABRT,
@@ -90,7 +101,7 @@ def _leave() -> None:
     destruction may wait for a rank that has failed.
     """
     if dist.is_initialized():
-        dist.destroy_process_group()
+        leave()
         time.sleep(_FREE)
 
 

@@ -113,7 +113,7 @@ def let_go() -> None:
     if _me.setup and _me.setup.keep_groups:
         return
     if dist.is_initialized():
-        dist.destroy_process_group()
+        rank.leave()
     gc.collect()  # the connections close with the last reference to a group
 
 
@@ -157,7 +157,7 @@ def _join(epoch: int) -> None:
     if epoch == _me.epoch:
         return
     if dist.is_initialized():
-        dist.destroy_process_group()
+        rank.leave()
     dist.init_process_group(
         setup.backend, store=_store(setup, epoch), rank=setup.rank, world_size=setup.world
     )

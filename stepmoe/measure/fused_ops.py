@@ -22,6 +22,7 @@ from stepmoe.comm.communicator import Communicator
 from stepmoe.comm.cost import LINKS
 from stepmoe.comm.fusion import force
 from stepmoe.comm.fusion.vote import find_place
+from stepmoe.comm.graphs import new_graph
 from stepmoe.comm.groups import build_groups, meet, world_size
 from stepmoe.errors import ConfigError
 from stepmoe.launch import rank_device
@@ -173,9 +174,10 @@ def _all_calls(name: str, call: Call, comm: Communicator, inputs: Inputs) -> Non
 
 def _captured(calls: Callable[[], None]) -> Callable[[], None]:
     """All calls of a size as one CUDA graph."""
-    graph = torch.cuda.CUDAGraph()
+    graph = new_graph()
     torch.cuda.synchronize()
-    with torch.cuda.graph(graph):
+    # Other threads, NCCL's watchdog for one, may ask CUDA meanwhile.
+    with torch.cuda.graph(graph, capture_error_mode="thread_local"):
         calls()
     return graph.replay
 
