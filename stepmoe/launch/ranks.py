@@ -118,8 +118,10 @@ class Ranks:
             call = Call(self._ready_team(), payload, timeout)
             try:
                 call.wait()
-            except KeyboardInterrupt:
+            except BaseException as error:  # an interrupt, or what another signal's handler raised
                 self._clean_up(call)
+                if not isinstance(error, KeyboardInterrupt):
+                    raise
                 # A new one: the notebook then shows this call, not what waits inside it.
                 raise KeyboardInterrupt("the ranks are free for the next call") from None
             if not call.succeeded:

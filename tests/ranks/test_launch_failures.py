@@ -262,6 +262,24 @@ def test_interrupting_the_notebook(ranks4: Ranks, heeds_interrupts: None) -> Non
     assert ranks4.run(os.getpid) == pids, "ranks that could be freed were restarted"
 
 
+def test_what_a_signal_raises_in_the_notebook_frees_the_ranks(ranks4: Ranks) -> None:
+    """A test's time limit did: the ranks went on, and the next call waited behind the last one."""
+
+    def out_of_time(*_: object) -> None:
+        raise TimeoutError("the test takes too long")
+
+    before = signal.signal(signal.SIGALRM, out_of_time)
+    try:
+        signal.setitimer(signal.ITIMER_REAL, 0.5)
+        with pytest.raises(TimeoutError, match="the test takes too long"):
+            ranks4.run(only(0, lambda: time.sleep(60)))
+    finally:
+        signal.signal(signal.SIGALRM, before)
+    with Stopwatch() as watch:
+        assert ranks4.run(dist.get_rank) == [0, 1, 2, 3]
+    assert watch.seconds < 5
+
+
 def test_a_result_that_cannot_be_sent(ranks4: Ranks) -> None:
     with pytest.raises(RankError, match="rank 0 returned generator"):
         ranks4.run(lambda: (i for i in range(3)))
