@@ -6,9 +6,12 @@ import traceback
 
 from stepmoe.launch.answers import Failure, Frame
 
-# What a rank sees when another one closed their connection: never the cause.
+# What a rank sees when another one closed their connection, in gloo's words or NCCL's: never the
+# cause.
 _CONSEQUENCE = re.compile(
-    r"closed by peer|reset by peer|broken pipe|failed to recv, got 0 bytes", re.IGNORECASE
+    r"closed by (remote )?peer|reset by peer|broken pipe|failed to recv, got 0 bytes"
+    r"|ncclRemoteError|remote process exited",
+    re.IGNORECASE,
 )
 # What a reader takes in: endless recursion has a thousand frames, a loop that tries again as many
 # causes.

@@ -98,7 +98,7 @@ def _lose(ranks: Ranks, loss: Loss, tokens: int, hidden_size: int) -> Loss:
 
 def _in_words(error: RankError | RankTimeout) -> str:
     if isinstance(error, RankTimeout):
-        return f"RankTimeout: rank 0 was in {error.waiting[0]}"
+        return f"RankTimeout: rank 0: {error.waiting[0]}"
     return f"RankError: {str(error).splitlines()[0]}"
 
 

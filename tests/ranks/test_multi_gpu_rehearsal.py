@@ -36,7 +36,7 @@ def test_a_rank_that_does_not_come(ranks4, monkeypatch):
     losses, places = recovery.measure_recovery(ranks4, ["unfused", "flashinfer"], 5, 64)
     assert len(places) == 4
     loss, refused = losses
-    assert loss.ended.startswith("RankTimeout: rank 0 was in all_reduce_add_rms_norm")
+    assert loss.ended.startswith("RankTimeout: rank 0: all_reduce_add_rms_norm")
     # Reports and interrupts take some 2 s on a quiet machine; the sleep alone would be 9 more.
     assert 0 < loss.error_seconds < 8
     assert 0 < loss.usable_seconds < 30

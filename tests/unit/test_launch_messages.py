@@ -5,6 +5,7 @@ import signal
 from collections.abc import Callable
 
 import pytest
+import torch
 
 from stepmoe.launch import exceptions, failures
 from stepmoe.launch.answers import Failure
@@ -92,6 +93,23 @@ def test_a_group_of_lost_connections_is_no_cause() -> None:
 
     assert failure_of(lost).consequence
     assert not failure_of(lambda: lost(ValueError("no"))).consequence
+
+
+@pytest.mark.parametrize(
+    "text",
+    [
+        "NCCL error in: ProcessGroupNCCL.cpp:3763, remote process exited or there was a network "
+        "error, NCCL version 2.28.8\nncclRemoteError: A call failed",
+        "NCCL error in: ProcessGroupNCCL.cpp:1275, internal error, NCCL version 2.20.5\n"
+        "ncclInternalError: Internal check failed.\nLast error:\n"
+        "socketProgress: Connection closed by remote peer localhost<43236>",
+    ],
+)
+def test_a_peer_that_nccl_has_lost_is_no_cause(text: str) -> None:
+    def lost() -> None:
+        raise torch.distributed.DistBackendError(text)
+
+    assert failure_of(lost).consequence
 
 
 def test_causes_in_a_circle_end() -> None:
