@@ -1,4 +1,4 @@
-"""What the tests of the fused kernels ask of a result. Runs in the ranks, on the GPU."""
+"""What the tests of the fused kernels ask of a result, and need. Runs in the ranks, on the GPU."""
 
 import torch
 
@@ -9,6 +9,17 @@ def larger_error(normed, total, exact, weight, eps):
     exact_normed = exact * scale * (1 + weight.double())
     pairs = ((normed, exact_normed), (total, exact))
     return torch.stack([(a - b).norm() / b.norm() for a, b in pairs]).max()
+
+
+def compile_flashinfer():
+    """Have FlashInfer's module compiled and loaded.
+
+    The first time takes minutes, and a call that is ended at its limit ends the compiler as well:
+    the next one would begin again, and so on for ever.
+    """
+    from flashinfer.comm.trtllm_ar import get_trtllm_comm_module
+
+    get_trtllm_comm_module()
 
 
 def fingerprint(*tensors):

@@ -6,7 +6,7 @@ kernel may wait for ever (stepmoe/comm/fusion/finalize.py says why).
 
 import pytest
 import torch
-from fused_results import fingerprint, larger_error
+from fused_results import compile_flashinfer, fingerprint, larger_error
 
 import stepmoe as sm
 from stepmoe.variants.finalized import FinalizedLayer
@@ -25,6 +25,7 @@ TOLERANCE = {BF16: 2**-7.5, FP16: 2**-10.5}
 @pytest.fixture(scope="module", params=(2, 4, 8), ids="tp{}".format)
 def ranks(request):
     with sm.Ranks(request.param, device="cuda") as shared:
+        shared.run(compile_flashinfer, timeout=900)
         yield shared
 
 

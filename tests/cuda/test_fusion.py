@@ -1,6 +1,6 @@
-"""The fused all-reduce + add + norm on an NVIDIA GPU that 2, 4 or 8 ranks share.
+"""The fused all-reduce + add + norm on an NVIDIA GPU that 2, 4 or 8 ranks share, or a GPU a rank.
 
-Times mean nothing here: the ranks take turns. Run with `make test-cuda`.
+Times mean nothing here: ranks that share take turns. Run with `make test-cuda`.
 """
 
 import functools
@@ -10,7 +10,7 @@ import time
 
 import pytest
 import torch
-from fused_results import fingerprint, larger_error
+from fused_results import compile_flashinfer, fingerprint, larger_error
 
 import stepmoe as sm
 
@@ -30,9 +30,10 @@ def ranks(request):
         yield shared
 
 
-def needs_flashinfer(implementation):
+def needs_flashinfer(ranks, implementation):
     if implementation.startswith("flashinfer"):
         pytest.importorskip("flashinfer.comm", reason="needs FlashInfer", exc_type=ImportError)
+        ranks.run(compile_flashinfer, timeout=900)
 
 
 class Case:
@@ -86,7 +87,7 @@ def many_cases(implementation, sizes, dtype):
 @pytest.mark.parametrize("dtype", [BF16, FP16], ids=["bf16", "fp16"])
 @pytest.mark.parametrize("implementation", FUSED)
 def test_right_and_the_same_bits_on_every_rank(ranks, implementation, dtype):
-    needs_flashinfer(implementation)
+    needs_flashinfer(ranks, implementation)
     sizes = list(itertools.product((1, 3, 64, 257, 2048, 4096), (4096, 21 * 64)))
     if implementation == "flashinfer two-shot":  # which needs more tokens than ranks
         sizes = [size for size in sizes if size[0] > 8]
@@ -98,7 +99,7 @@ def test_right_and_the_same_bits_on_every_rank(ranks, implementation, dtype):
 
 @pytest.mark.parametrize("implementation", FUSED)
 def test_float32_weight_beside_bfloat16_tensors(ranks, implementation):
-    needs_flashinfer(implementation)
+    needs_flashinfer(ranks, implementation)
     results = ranks.run(one_case, implementation, 33, 4096, BF16, 7, torch.float32)
     assert max(error for error, _ in results) < TOLERANCE[BF16]
     assert len({bits for _, bits in results}) == 1
@@ -140,7 +141,7 @@ def repeat(implementations, times):
 @pytest.mark.parametrize("name", ["triton", "flashinfer"])
 def test_a_thousand_fresh_inputs(ranks, name):
     """One shot and two in turn, sizes that change: where slots or flags were mixed up, it shows."""
-    needs_flashinfer(name)
+    needs_flashinfer(ranks, name)
     results = ranks.run(repeat, [f"{name} one-shot", f"{name} two-shot"], 1000, timeout=200)
     assert max(worst for worst, _ in results) < TOLERANCE[BF16]
     assert len({bits for _, bits in results}) == 1
@@ -187,7 +188,7 @@ def captured(implementation, tokens, replays):
 
 @pytest.mark.parametrize("implementation", FUSED)
 def test_cuda_graph_replays(ranks, implementation):
-    needs_flashinfer(implementation)
+    needs_flashinfer(ranks, implementation)
     results = ranks.run(captured, implementation, 40, 20, timeout=120)
     assert [same for same, _ in results] == [20] * len(results)
     assert all(bits == results[0][1] for _, bits in results)
@@ -225,7 +226,7 @@ def beyond(implementation, limit):
 
 @pytest.mark.parametrize(("implementation", "limit"), [("triton", 256), ("flashinfer", 2048)])
 def test_more_tokens_than_the_window_holds(ranks, implementation, limit):
-    needs_flashinfer(implementation)
+    needs_flashinfer(ranks, implementation)
     for error, graph_is_right, refusal in ranks.run(beyond, implementation, limit, timeout=120):
         assert error < TOLERANCE[BF16]
         assert graph_is_right
@@ -278,7 +279,7 @@ def die_in_the_middle(implementation):
 
 @pytest.mark.parametrize("implementation", ["triton", "flashinfer"])
 def test_a_rank_that_dies_frees_the_others(ranks, implementation):
-    needs_flashinfer(implementation)
+    needs_flashinfer(ranks, implementation)
     ranks.run(one_case, f"{implementation} one-shot", 16, 4096, BF16, 11, timeout=120)
     begun = time.monotonic()
     with pytest.raises(sm.RankError, match="rank 1 ended its process with exit code 3") as caught:
@@ -315,18 +316,24 @@ def test_a_rank_whose_peers_do_not_come_ends_with_an_error(ranks):
 def fail_to_open(broken_rank):
     from unittest import mock
 
-    from stepmoe.comm.fusion import triton_path
+    from stepmoe.comm.fusion import flashinfer_path, triton_path
 
     case = Case(8, 192, BF16, seed=13)
     broken = case.group.index == broken_rank
     error = torch.cuda.OutOfMemoryError("no memory for a window")
-    with mock.patch.object(triton_path, "Room", side_effect=error if broken else triton_path.Room):
+    room = error if broken else triton_path.Room
+    with (
+        mock.patch.object(flashinfer_path, "_problem", return_value="no room" if broken else ""),
+        mock.patch.object(triton_path, "Room", side_effect=room),
+    ):
         normed, total, entry = case.run()
     return case.error(normed, total).item(), entry.implementation, entry.reason
 
 
 def test_one_rank_that_fails_to_set_up_makes_all_fall_back(ranks):
+    shares = "ranks share a GPU" in ranks.describe()
     for error, implementation, reason in ranks.run(fail_to_open, 1):
         assert error < TOLERANCE[BF16]
         assert implementation == "unfused"
         assert "rank 1: OutOfMemoryError: no memory for a window" in reason
+        assert ("flashinfer: cannot run: rank 1: no room" in reason) == (not shares)

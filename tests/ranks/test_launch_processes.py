@@ -227,7 +227,10 @@ def test_another_launcher(run: Callable[..., dict[str, Any]], tmp_path: Path) ->
 
 
 GPU = """
-    import os, time, torch, torch.distributed as dist
+    import os, time
+    visible = os.environ.get("CUDA_VISIBLE_DEVICES", "0")
+    os.environ["CUDA_VISIBLE_DEVICES"] = visible.partition(",")[0]  # however many there are
+    import torch, torch.distributed as dist
     from stepmoe.errors import RankError, RankTimeout
     from stepmoe.launch import Ranks, rank_device
 
