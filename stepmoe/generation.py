@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor
 
-from stepmoe.comm.graphs import new_graph
+from stepmoe.comm.graphs import capture
 from stepmoe.comm.groups import backend_for
 from stepmoe.comm.ledger import Entry, note, record, repeat, untimed
 from stepmoe.errors import ConfigError
@@ -91,7 +91,6 @@ class StepGraph:
         device = model.lm_head.weight.device
         self.batch, self.length, self.cache, self.start = batch, length, cache, start
         self._tokens = torch.zeros(batch, length, dtype=torch.int64, device=device)
-        self._graph = new_graph()
         # Kernels are compiled, slots reserved and libraries set up in ordinary steps, on a stream
         # of their own as torch asks of what comes before a capture.
         stream = _stream_before_captures(device)
@@ -103,9 +102,9 @@ class StepGraph:
             cache.move_to(start or 0)
             self._captured.steps.clear()
             pool = beside._graph.pool() if beside else None
-            # Other threads, NCCL's watchdog for one, may ask CUDA meanwhile.
-            with torch.cuda.graph(self._graph, pool=pool, capture_error_mode="thread_local"):
+            with capture(pool) as graph:
                 self._next = next_tokens(model, self._tokens, cache)
+        self._graph: torch.cuda.CUDAGraph = graph
         torch.cuda.current_stream(device).wait_stream(stream)
         cache.clear()
 

@@ -7,6 +7,7 @@ from collections.abc import Callable, Iterator
 
 import torch
 
+from stepmoe.comm.graphs import capture
 from stepmoe.measure.clock import seconds_of
 
 _REPEATS = 11
@@ -32,14 +33,14 @@ class Flush:
 
 
 def graph_of(run: Callable[[], object]) -> Callable[[], object]:
-    """The same as one replay of a CUDA graph."""
-    stream, graph = torch.cuda.Stream(), torch.cuda.CUDAGraph()
+    """The same as one replay of a CUDA graph. It does not keep what `run` reads: keep `run`."""
+    stream = torch.cuda.Stream()
     stream.wait_stream(torch.cuda.current_stream())
     with torch.cuda.stream(stream):
         for _ in range(2):
             run()
         stream.synchronize()
-        with torch.cuda.graph(graph, stream=stream):
+        with capture(stream=stream) as graph:
             run()
     torch.cuda.current_stream().wait_stream(stream)
     return graph.replay

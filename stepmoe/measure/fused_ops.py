@@ -22,7 +22,7 @@ from stepmoe.comm.communicator import Communicator
 from stepmoe.comm.cost import LINKS
 from stepmoe.comm.fusion import force
 from stepmoe.comm.fusion.vote import find_place
-from stepmoe.comm.graphs import new_graph
+from stepmoe.comm.graphs import capture
 from stepmoe.comm.groups import build_groups, meet, world_size
 from stepmoe.errors import ConfigError
 from stepmoe.launch import rank_device
@@ -174,10 +174,8 @@ def _all_calls(name: str, call: Call, comm: Communicator, inputs: Inputs) -> Non
 
 def _captured(calls: Callable[[], None]) -> Callable[[], None]:
     """All calls of a size as one CUDA graph."""
-    graph = new_graph()
     torch.cuda.synchronize()
-    # Other threads, NCCL's watchdog for one, may ask CUDA meanwhile.
-    with torch.cuda.graph(graph, capture_error_mode="thread_local"):
+    with capture() as graph:
         calls()
     return graph.replay
 

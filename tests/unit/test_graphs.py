@@ -2,6 +2,8 @@
 
 import subprocess
 import sys
+from contextlib import contextmanager, nullcontext
+from functools import partial
 from pathlib import Path
 
 import pytest
@@ -10,7 +12,7 @@ import torch.distributed as dist
 from torch.testing._internal.distributed import fake_pg  # noqa: F401  (registers "fake")
 
 from stepmoe import command
-from stepmoe.comm.graphs import new_graph
+from stepmoe.comm.graphs import capture, new_graph
 from stepmoe.launch import rank
 
 ROOT = Path(__file__).parents[2]
@@ -39,6 +41,31 @@ def test_a_graph_that_is_still_alive_ends_before_the_group(group, monkeypatch):
     assert ended == [True], "not each that is alive, once, while there is a group"
     assert not dist.is_initialized()
     assert kept
+
+
+@pytest.mark.parametrize("fails", [False, True])
+def test_a_capture_takes_its_workspace_from_the_graph_and_leaves_none(fails, monkeypatch):
+    happened = []
+
+    @contextmanager
+    def graph(made, pool, stream, capture_error_mode):
+        assert (pool, stream, capture_error_mode) == ("pool", "stream", "thread_local")
+        happened.append("begin")
+        try:
+            yield
+        finally:
+            happened.append("end")
+
+    monkeypatch.setattr(torch.cuda, "CUDAGraph", type("Graph", (), {"reset": lambda self: None}))
+    monkeypatch.setattr(torch.cuda, "graph", graph)
+    clear = partial(happened.append, "clear")
+    monkeypatch.setattr(torch._C, "_cuda_clearCublasWorkspaces", clear, raising=False)
+    expected = pytest.raises(ValueError, match="no") if fails else nullcontext()
+    with expected, capture("pool", "stream"):
+        happened.append("captured")
+        if fails:
+            raise ValueError("no")
+    assert happened == ["clear", "begin", "captured", "end", "clear"]
 
 
 def test_a_graph_ends_with_a_process_that_failed():
