@@ -1,5 +1,7 @@
 """linear.py on the GPU: Triton kernels where tokens are few, torch where they are many.
 
+Up to 4 tokens `_sums` here, up to 16 `_dots` in dots_gpu.py.
+
 A product with few tokens reads the weight and does little else. It is as fast as memory if enough
 of the weight is asked for at once, everywhere on the chip. So every program has a few whole rows of
 the weight and all tokens: no sum is spread over programs, and a row's is always taken in one order.
@@ -9,11 +11,13 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
+import torch
 import torch.nn.functional as F
 import triton
 import triton.language as tl
 from torch import Tensor
 
+from stepmoe.kernels import dots_gpu
 from stepmoe.kernels.overlap_gpu import let_next_start, overlap, wait
 from stepmoe.kernels.swiglu import clamped_swiglu
 from stepmoe.kernels.swiglu_gpu import swiglu_entry
@@ -49,15 +53,24 @@ def linear_swiglu(x: Tensor, weight: Tensor, limit: float | None) -> Tensor:
 
 def few_tokens(x: Tensor, weight: Tensor, output: Tensor, limit: float | None = None) -> Tensor:
     """A product for which `is_few` holds, in `output`, whose dtype may be wider; see `launch`."""
-    launch(x, weight, output, piece_for(weight, output.shape[1]), limit)
+    if len(x) <= FEW_TOKENS:
+        launch(x, weight, output, piece_for(weight, output.shape[1]), limit)
+    else:
+        cut = dots_gpu.cut_for(weight)
+        assert cut is not None, "is_few says so"
+        dots_gpu.launch(x, weight, output, cut, limit)
     return output
 
 
 def is_few(x: Tensor, weight: Tensor) -> bool:
-    """Whether a product is one of few tokens, and a program can hold a row of its weight."""
-    fits = 2 * triton.next_power_of_2(weight.shape[1]) <= _MOST_WARPS * _ENTRIES_EACH
-    fits &= x.dtype is weight.dtype and weight.is_contiguous()
-    return x.dim() == 2 and 0 < len(x) <= FEW_TOKENS and fits
+    """Whether a product is one of few tokens, and programs can hold its weight."""
+    if x.dim() != 2 or x.dtype is not weight.dtype or not weight.is_contiguous():
+        return False
+    if 0 < len(x) <= FEW_TOKENS:
+        return 2 * triton.next_power_of_2(weight.shape[1]) <= _MOST_WARPS * _ENTRIES_EACH
+    if x.dtype is torch.float32 or not 0 < len(x) <= dots_gpu.MOST_TOKENS:
+        return False
+    return dots_gpu.cut_for(weight) is not None
 
 
 def piece_for(weight: Tensor, columns: int) -> Piece:

@@ -84,8 +84,8 @@ def _add_norm(
     row = (tl.program_id(0) * ROWS + tl.arange(0, ROWS)).to(tl.int64)[:, None]
     column = tl.arange(0, BLOCK)
     inside = (row < num_rows) & (column < SIZE)
-    wait(OVERLAPS)
     weight = tl.load(weight_ptr + column, mask=column < SIZE, other=0.0).to(tl.float32)
+    wait(OVERLAPS)
     x = tl.load(x_ptr + row * x_stride + column, mask=inside, other=0.0).to(tl.float32)
     if ADDS:
         residual = tl.load(residual_ptr + row * SIZE + column, mask=inside, other=0.0)

@@ -14,6 +14,8 @@ from stepmoe.kernels.overlap_gpu import let_next_start, overlap, wait
 from stepmoe.kernels.permute import RowOrder
 
 _PROGRAMS_PER_SM = 32
+UNPERMUTE_PARTS = 4  # of a row, a program each, where tokens are few
+_FEW_TOKENS = 64
 
 
 def permute_rows(x: Tensor, order: RowOrder, start: int, count: int) -> Tensor:
@@ -35,7 +37,10 @@ def unpermute_rows(
     (count, size), num_tokens = rows.shape, len(order.positions)
     output = rows.new_empty(num_tokens, size) if onto is None else onto.contiguous()
     if num_tokens:
-        _unpermute[_programs(output)](
+        parts = UNPERMUTE_PARTS if num_tokens <= _FEW_TOKENS else 1
+        sizes = _sizes(order, size)
+        sizes |= {"BLOCK": max(1, sizes["BLOCK"] // parts), "num_warps": 8 // parts}
+        _unpermute[(*_programs(output), triton.cdiv(size, sizes["BLOCK"]))](
             rows,
             order.positions,
             order.ends,
@@ -45,7 +50,7 @@ def unpermute_rows(
             start,
             count,
             ADDS=onto is not None,
-            **_sizes(order, size),
+            **sizes,
             **overlap(rows),
         )
     return output
@@ -113,10 +118,10 @@ def _unpermute(
     BLOCK: tl.constexpr,
     OVERLAPS: tl.constexpr,
 ):
-    """With ADDS the output holds what the sums are added to."""
+    """BLOCK columns; with ADDS the output holds what the sums are added to."""
     let_next_start(OVERLAPS)
     wait(OVERLAPS)
-    column = tl.arange(0, BLOCK)
+    column = tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
     inside = column < SIZE
     if (not ADDS) or tl.load(ends_ptr + LOCAL - 1) > start:
         token = tl.program_id(0)

@@ -5,7 +5,7 @@ import torch
 import torch.nn.functional as F
 
 import stepmoe as sm
-from stepmoe.kernels import linear, linear_gpu, routing, swiglu
+from stepmoe.kernels import dots_gpu, linear, linear_gpu, routing, swiglu
 from stepmoe.measure.distance import relative_error
 
 pytestmark = pytest.mark.cuda
@@ -18,7 +18,7 @@ def drawn(*shape, scale=1.0):
     return (torch.randn(*shape, device="cuda") * scale).bfloat16()
 
 
-@pytest.mark.parametrize("tokens", [1, 2, linear_gpu.FEW_TOKENS])
+@pytest.mark.parametrize("tokens", [1, 2, linear_gpu.FEW_TOKENS, 5, dots_gpu.MOST_TOKENS])
 @pytest.mark.parametrize(("rows", "size"), SHAPES)
 def test_products(rows, size, tokens):
     weight = drawn(rows, size, scale=size**-0.5)
@@ -28,12 +28,15 @@ def test_products(rows, size, tokens):
     # One rounding to bfloat16; of the sum in float32 nothing is seen.
     assert relative_error(found, exact) < BFLOAT16
     assert (routing.compute_logits(x, weight) - exact).abs().max() < 2e-5
+    fewest = 1 if tokens <= linear_gpu.FEW_TOKENS else linear_gpu.FEW_TOKENS + 1
+    others = drawn(fewest, size)
     for token in range(tokens):
-        alone = linear.linear(x[token : token + 1], weight)
-        assert torch.equal(found[token], alone[0]), "a token's bits know no others"
+        others[-1] = x[token]
+        again = linear.linear(others, weight)[-1]
+        assert torch.equal(found[token], again), "a token's bits know no others"
 
 
-@pytest.mark.parametrize("tokens", [1, linear_gpu.FEW_TOKENS])
+@pytest.mark.parametrize("tokens", [1, linear_gpu.FEW_TOKENS, dots_gpu.MOST_TOKENS])
 @pytest.mark.parametrize("limit", [None, 1.0])
 def test_gate_up_and_swiglu_are_no_worse_than_apart(tokens, limit):
     weight = drawn(320, 4096, scale=4096**-0.5)
@@ -46,7 +49,7 @@ def test_gate_up_and_swiglu_are_no_worse_than_apart(tokens, limit):
 
 
 @pytest.mark.parametrize("layer", [4, 5])
-@pytest.mark.parametrize("batch", [1, 3])
+@pytest.mark.parametrize("batch", [1, 3, 16])
 def test_a_decode_graph_repeats_the_eager_step_bit_for_bit(layer, batch):
     """Kernels that start early must wait for what they read, within a graph and without."""
     model = sm.Step3p5ForCausalLM.from_config(

@@ -192,7 +192,7 @@ def test_products_of_few_tokens(device, data):
     from stepmoe.kernels import linear_gpu, routing_gpu
 
     dtype, limit = data.draw(DTYPES), data.draw(st.sampled_from([None, 0.4]))
-    tokens = data.draw(st.integers(1, linear_gpu.FEW_TOKENS + 1))  # both ways
+    tokens = data.draw(st.sampled_from([1, 2, linear_gpu.FEW_TOKENS, 5, 13, 16, 17]))  # all ways
     size, columns = data.draw(SIZES), data.draw(st.integers(1, 300))
     weight = drawn(data, 2 * columns, size, dtype=dtype, device=device, scale=size**-0.5)
     x = drawn(data, tokens, size, dtype=dtype, device=device)
@@ -205,8 +205,12 @@ def test_products_of_few_tokens(device, data):
         assert logits.dtype is torch.float32
         close(logits, linear.linear(*exact), torch.float32)
     if linear_gpu.is_few(x, weight):
-        alone = torch.cat([linear_gpu.linear(row, weight) for row in x.split(1)])
-        assert torch.equal(linear_gpu.linear(x, weight), alone), "a token's bits know no others"
+        fewest = 5 if tokens > linear_gpu.FEW_TOKENS else 1  # up to 4, another kernel
+        others = drawn(data, fewest, size, dtype=dtype, device=device)
+        for token in range(tokens):
+            others[-1] = x[token]
+            found = linear_gpu.linear(others, weight)[-1]
+            assert torch.equal(linear_gpu.linear(x, weight)[token], found), "it knows no others"
 
 
 @examples
@@ -236,6 +240,50 @@ def test_experts_of_few_tokens(device, data):
     together = few_experts_gpu.few_down(rows, down, ids, weights, first, onto)
     assert together is onto
     assert torch.equal(together, x + found)
+
+
+@examples
+@given(data=st.data())
+def test_products_on_tensor_cores(device, data):
+    from stepmoe.kernels import dots_gpu
+
+    limit, size = data.draw(st.sampled_from([None, 0.4])), data.draw(st.integers(1, 300))
+    tokens, columns = data.draw(st.integers(1, 40)), data.draw(st.integers(1, 60))
+    warps, splits = data.draw(st.sampled_from([1, 2, 4])), data.draw(st.integers(1, 3))
+    cut = dots_gpu.Dots(
+        data.draw(st.sampled_from([16, 32])), warps, splits, data.draw(st.integers(1, 9))
+    )
+    x = drawn(data, tokens, size, dtype=torch.float16, device=device)
+    weight = drawn(data, 2 * columns, size, dtype=torch.float16, device=device, scale=size**-0.5)
+    output = torch.empty(tokens, 2 * columns, dtype=torch.float32, device=device)
+    dots_gpu.launch(x, weight, output, cut)
+    close(output, linear.linear(x.double(), weight.double()), torch.float32)
+    output = torch.empty(tokens, columns, dtype=torch.float16, device=device)
+    dots_gpu.launch(x, weight, output, cut, limit)
+    close(output, linear.linear_swiglu(x.double(), weight.double(), limit), torch.float16)
+
+
+@pytest.mark.parametrize(
+    ("rows", "size", "cut"),
+    [
+        (1288, 4096, (16, 8)),
+        (1808, 4096, (16, 8)),
+        (4096, 1024, (32, 8)),
+        (4096, 1536, (32, 8)),
+        (288, 4096, (16, 8)),
+        (320, 4096, (16, 8)),
+        (4096, 160, (32, 1)),
+        (7, 40, (16, 1)),
+        (4096, 3000, (16, 8)),
+        (7, 8192, None),  # more than registers hold
+        (20000, 4096, None),  # more programs than run at once
+    ],
+)
+def test_cuts_of_a_weight(device, rows, size, cut):
+    from stepmoe.kernels import dots_gpu
+
+    found = dots_gpu.cut_for(torch.empty(rows, size, device="meta"))
+    assert found == (cut and dots_gpu.Dots(*cut))
 
 
 @pytest.mark.parametrize(

@@ -100,12 +100,19 @@ def test_kernels_of_a_prefill(on_gpu):
     assert on_gpu.kernels == [*attention, *shared, *router, *PASS, *PASS, *PASS]
 
 
-def test_kernels_of_a_decode_step(on_gpu):
+@pytest.mark.parametrize(
+    ("batch", "product", "experts"),
+    [
+        (1, "_sums", ["_gate_up", "_down"]),
+        (16, "_dots", ["_place_few", "_grouped", "_grouped", "_unpermute"]),
+    ],
+)
+def test_kernels_of_a_decode_step(on_gpu, batch, product, experts):
     cache = KVCache(EIGHTH, torch.device("cpu"), capacity=4096, holds_all=True)
     cache.length = 4095
-    run_layer(on_gpu, "deferred", 4, 1, 1, cache)
+    run_layer(on_gpu, "deferred", 4, batch, 1, cache)
     for once in ("_to_copy", "new_zeros", "new_zeros"):  # the rotary frequencies, and the cache
         on_gpu.kernels.remove(once)
-    attention = ["_add_norm", "_sums", "_norm_rotate", "_decode", "_combine", "_sums"]
-    shared = ["_add_norm", "_sums", "_sums"]  # SwiGLU within the first
-    assert on_gpu.kernels == [*attention, *shared, "_sums", "_choose", "_gate_up", "_down"]
+    attention = ["_add_norm", product, "_norm_rotate", "_decode", "_combine", product]
+    shared = ["_add_norm", product, product]  # SwiGLU within the first
+    assert on_gpu.kernels == [*attention, *shared, product, "_choose", *experts]
