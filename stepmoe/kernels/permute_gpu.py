@@ -14,7 +14,7 @@ from stepmoe.kernels.overlap_gpu import let_next_start, overlap, wait
 from stepmoe.kernels.permute import RowOrder
 
 _PROGRAMS_PER_SM = 32
-UNPERMUTE_PARTS = 4  # of a row, a program each, where tokens are few
+UNPERMUTE_PARTS = 8  # of a row, a program each, where tokens are few
 _FEW_TOKENS = 64
 
 
