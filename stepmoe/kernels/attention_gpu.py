@@ -1,8 +1,8 @@
 """prefill_attention as a Triton kernel: online softmax, the query heads of a group in one tile.
 
 All query heads that share a key-value head see the same keys. So a tile's rows are (token, head of
-the group) pairs, token after token: with 12 heads a group, 128 rows are 11 tokens. That reads each
-key once for all heads, and under a window of 512 a tile touches 523 keys instead of 640.
+the group) pairs, token after token: with 12 heads a group, 64 rows are of 6 or 7 tokens. That reads
+each key once for all heads, and under a window of 512 a tile touches 518 keys instead of 575.
 """
 
 from __future__ import annotations
@@ -14,11 +14,20 @@ import torch.nn.functional as F
 import triton
 import triton.language as tl
 from torch import Tensor
+from triton.tools.tensor_descriptor import TensorDescriptor
 
 from stepmoe.kernels.softmax_gpu import HIDDEN, Tile, absorb, block_d
 
 _LONG = 2048  # tokens of a prompt from which torch's own kernel runs under a full layer
 _GATED = 16  # heads of one program that applies the gate alone
+
+# Two or four programs share a multiprocessor, 64 K registers and 227 KB: while one waits for its
+# softmax, others multiply. They are small enough only if no thread computes addresses.
+_DESCRIBED = Tile(64, 32, 4, 2, registers=128)
+_DESCRIBED_FULL = Tile(128, 64, 8, 2, registers=128)  # without a window: more keys a row
+_POINTED = Tile(128, 64, 8, 3)
+_WIDE = Tile(64, 32, 4, 2)  # of heads of more than 128 entries, which fill registers and memory
+_EXACT = Tile(32, 32, 4, 2)  # of float32, which is twice as large
 
 
 def prefill_attention(
@@ -26,48 +35,98 @@ def prefill_attention(
 ) -> Tensor:
     """See attention.prefill_attention.
 
-    A long prompt under a full layer goes to torch's attention (cuDNN's on an H100: 0.483 ms where
-    the kernel below takes 0.575, at 2 x 8192 tokens and 8 heads); windows, pasts, short prompts and
+    A long prompt under a full layer goes to torch's attention (cuDNN's on an H200: 0.509 ms where
+    the kernel below takes 0.529, at 2 x 8192 tokens and 8 heads); windows, pasts, short prompts and
     float32 come here.
     """
     batch, num_heads, length, head_dim = query.shape
-    num_kv_heads, seen = keys.shape[1:3]
-    group = num_heads // num_kv_heads
+    seen = keys.shape[2]
     out = query.new_empty(batch * length, num_heads * head_dim)
-    if window is None and seen == length >= _LONG and query.dtype is not torch.float32:
+    is_exact = query.dtype is torch.float32
+    if window is None and seen == length >= _LONG and not is_exact:
         attended = F.scaled_dot_product_attention(
             query, keys, values, is_causal=True, enable_gqa=True
         )
         _gate(attended, gate, out)
-        return out
-    exact = query.dtype is torch.float32  # its tiles are twice as large, and its products exact
-    tile = Tile(32, 32, 4, 2) if exact else Tile(128, 64, 8, 3)
+    elif not is_exact and head_dim <= 128 and _can_describe(query, keys, values):
+        tile = _DESCRIBED_FULL if window is None else _DESCRIBED
+        _launch(query, keys, values, gate, out, window, tile, is_described=True)
+    else:
+        tile = _EXACT if is_exact else _POINTED if head_dim <= 128 else _WIDE
+        _launch(query, keys, values, gate, out, window, tile, is_described=False)
+    return out
+
+
+def _can_describe(query: Tensor, keys: Tensor, values: Tensor) -> bool:
+    """Whether the rows of a tile follow one another in memory, and the hardware can copy tiles of
+    all three: from places and with strides of whole 16 bytes."""
+    _, num_heads, _, head_dim = query.shape
+    return (
+        keys.shape[1] == 1
+        and query.stride()[1:] == (head_dim, num_heads * head_dim, 1)
+        and all(
+            x.stride(3) == 1
+            and x.data_ptr() % 16 == 0
+            and all(stride * x.element_size() % 16 == 0 for stride in x.stride()[:3])
+            for x in (query, keys, values)
+        )
+    )
+
+
+def _launch(
+    query: Tensor,
+    keys: Tensor,
+    values: Tensor,
+    gate: Tensor,
+    out: Tensor,
+    window: int | None,
+    tile: Tile,
+    is_described: bool,
+) -> None:
+    batch, num_heads, length, head_dim = query.shape
+    num_kv_heads, seen = keys.shape[1:3]
+    group = num_heads // num_kv_heads
+    padded = block_d(head_dim)
+    sources: list[Tensor | TensorDescriptor] = [query, keys, values, out]
+    if is_described:
+        by_row = batch, length * group, head_dim
+        rows = query.transpose(1, 2).reshape(by_row), out.view(by_row)
+        sources = [
+            TensorDescriptor.from_tensor(x, [1, size, padded])
+            for x, size in (
+                (rows[0], tile.rows),
+                (keys[:, 0], tile.keys),
+                (values[:, 0], tile.keys),
+                (rows[1], tile.rows),
+            )
+        ]
     grid = (triton.cdiv(length * group, tile.rows), batch * num_kv_heads)
     _attend[grid](
-        query,
+        sources[0],
         *query.stride()[:3],
-        keys,
+        sources[1],
         *keys.stride()[:3],
-        values,
+        sources[2],
         *values.stride()[:3],
         gate,
         gate.stride(0),
-        out,
+        sources[3],
         length,
         seen - length,
         math.log2(math.e) / math.sqrt(head_dim),
+        DESCRIBED=is_described,
         GROUP=group,
         KV_HEADS=num_kv_heads,
         WINDOW=window or 0,
         SIZE=head_dim,
-        BLOCK_D=block_d(head_dim),
+        BLOCK_D=padded,
         ROWS=tile.rows,
         KEYS=tile.keys,
-        PRECISION="ieee" if exact else "tf32",
+        PRECISION="ieee" if query.dtype is torch.float32 else "tf32",
         num_warps=tile.num_warps,
         num_stages=tile.num_stages,
+        maxnreg=tile.registers,
     )
-    return out
 
 
 def _gate(attended: Tensor, gate: Tensor, out: Tensor) -> None:
@@ -120,24 +179,25 @@ def _scale_heads(
 
 @triton.jit
 def _attend(
-    query_ptr,
+    query,
     query_stride_b,
     query_stride_h,
     query_stride_l,
-    keys_ptr,
+    keys,
     keys_stride_b,
     keys_stride_g,
     keys_stride_s,
-    values_ptr,
+    values,
     values_stride_b,
     values_stride_g,
     values_stride_s,
     gate_ptr,
     gate_stride,
-    out_ptr,
+    out,
     length,
     past,
     scale,
+    DESCRIBED: tl.constexpr,
     GROUP: tl.constexpr,
     KV_HEADS: tl.constexpr,
     WINDOW: tl.constexpr,
@@ -147,21 +207,26 @@ def _attend(
     KEYS: tl.constexpr,
     PRECISION: tl.constexpr,
 ):
-    """One program: ROWS (token, head) pairs of one key-value head of one sequence."""
+    """One program: ROWS (token, head) pairs of one key-value head of one sequence.
+
+    DESCRIBED: query, keys, values and out are tensor descriptors, else pointers.
+    """
     tile = tl.num_programs(0) - 1 - tl.program_id(0)  # the longest first: they see most keys
-    b = (tl.program_id(1) // KV_HEADS).to(tl.int64)
-    g = tl.program_id(1) % KV_HEADS
+    b, g = tl.program_id(1) // KV_HEADS, tl.program_id(1) % KV_HEADS
+    wide_b = b.to(tl.int64)
     row = tile * ROWS + tl.arange(0, ROWS)
     token, head = row // GROUP, g * GROUP + row % GROUP
     entry = tl.arange(0, BLOCK_D)
-    inside = (token < length)[:, None] & (entry < SIZE)[None, :]
-    query_ptr += b * query_stride_b + head * query_stride_h + token * query_stride_l
-    query = tl.load(query_ptr[:, None] + entry[None, :], mask=inside, other=0.0)
-    keys_ptr += b * keys_stride_b + g * keys_stride_g
-    values_ptr += b * values_stride_b + g * values_stride_g
+    if DESCRIBED:
+        queries = tl.reshape(query.load([b, tile * ROWS, 0]), (ROWS, BLOCK_D))
+    else:
+        inside = (token < length)[:, None] & (entry < SIZE)[None, :]
+        place = query + wide_b * query_stride_b + head * query_stride_h + token * query_stride_l
+        queries = tl.load(place[:, None] + entry[None, :], mask=inside, other=0.0)
+        keys += wide_b * keys_stride_b + g * keys_stride_g
+        values += wide_b * values_stride_b + g * values_stride_g
 
-    # Keys first:end are seen by some row of the tile, keys all_from:all_to by every row. Softmax
-    # asks for no order: first come the tiles of keys that need no mask, then those at both edges.
+    # Keys first to end - 1 are seen by some row of the tile, keys all_from to all_to - 1 by all.
     newest = past + tl.minimum((tile * ROWS + ROWS - 1) // GROUP, length - 1)
     oldest = past + tile * ROWS // GROUP
     end, all_to = newest + 1, oldest + 1
@@ -169,29 +234,25 @@ def _attend(
     if WINDOW:
         first = tl.maximum(0, oldest - WINDOW + 1)
         all_from = tl.maximum(0, newest - WINDOW + 1)
-    inner = first + tl.cdiv(all_from - first, KEYS) * KEYS
-    outer = tl.maximum(inner, first + (all_to - first) // KEYS * KEYS)
 
     top = tl.full((ROWS,), HIDDEN, tl.float32)
     total = tl.zeros((ROWS,), tl.float32)
     sums = tl.zeros((ROWS, BLOCK_D), tl.float32)
-    for begin in range(inner, outer, KEYS):
+    for begin in range(first, end, KEYS):
+        cut = (begin < all_from) | (begin + KEYS > all_to)
         top, total, sums = absorb(
-            top, total, sums, query, past + token, begin, end, scale,
-            keys_ptr, keys_stride_s, values_ptr, values_stride_s,
-            WINDOW, False, SIZE, BLOCK_D, KEYS, PRECISION,
-        )  # fmt: skip
-    for edge in range(first, end - (outer - inner), KEYS):
-        begin = edge if edge < inner else edge + (outer - inner)
-        top, total, sums = absorb(
-            top, total, sums, query, past + token, begin, end, scale,
-            keys_ptr, keys_stride_s, values_ptr, values_stride_s,
-            WINDOW, True, SIZE, BLOCK_D, KEYS, PRECISION,
+            top, total, sums, queries, past + token, begin, end, cut, scale,
+            keys, keys_stride_s, values, values_stride_s, b,
+            WINDOW, DESCRIBED, SIZE, BLOCK_D, KEYS, PRECISION,
         )  # fmt: skip
 
-    out_row = (b * length + token) * (GROUP * KV_HEADS) + head
-    gate_ptr += (b * length + token) * gate_stride + head
+    gate_ptr += (wide_b * length + token) * gate_stride + head
     gate = tl.load(gate_ptr, mask=token < length, other=0.0).to(tl.float32)
     result = sums * (tl.sigmoid(gate) / total)[:, None]
-    out = out_ptr + out_row[:, None] * SIZE + entry[None, :]
-    tl.store(out, result.to(out_ptr.dtype.element_ty), mask=inside)
+    if DESCRIBED:
+        result = tl.reshape(result.to(out.dtype), (1, ROWS, BLOCK_D))
+        out.store([b, tile * ROWS, 0], result)
+    else:
+        out_row = (wide_b * length + token) * (GROUP * KV_HEADS) + head
+        place = out + out_row[:, None] * SIZE + entry[None, :]
+        tl.store(place, result.to(out.dtype.element_ty), mask=inside)

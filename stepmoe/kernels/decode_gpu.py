@@ -139,9 +139,9 @@ def _decode(
     everywhere = tl.full((ROWS,), 0, tl.int32) + (end - 1)  # sees every slot before `end`
     for begin in range(split * span, end, KEYS):
         top, total, sums = absorb(
-            top, total, sums, query, everywhere, begin, end, scale,
+            top, total, sums, query, everywhere, begin, end, True, scale,
             keys_ptr, keys_stride_s, values_ptr, values_stride_s,
-            0, True, SIZE, BLOCK_D, KEYS, PRECISION,
+            0, 0, False, SIZE, BLOCK_D, KEYS, PRECISION,
         )  # fmt: skip
 
     out_row = b * (GROUP * KV_HEADS) + head

@@ -26,6 +26,8 @@ SHAPES = [
     (1, 12, 1, 300, 1300, 512, 128, torch.float16),
     (3, 6, 2, 77, 0, 33, 64, torch.float32),
     (3, 4, 4, 37, 5, None, 12, torch.bfloat16),
+    (2, 3, 1, 90, 7, 40, 24, torch.bfloat16),
+    (1, 4, 2, 100, 0, 33, 256, torch.bfloat16),
 ]
 # Against averages of values of size 1, relative to the largest: 2^-24, 2^-11, 2^-8, some of each.
 LIMIT = {torch.float32: 2e-6, torch.float16: 2e-3, torch.bfloat16: 1.2e-2}

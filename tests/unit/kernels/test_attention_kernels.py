@@ -14,7 +14,7 @@ examples = settings(
     max_examples=15, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture]
 )
 DTYPES = st.sampled_from([torch.float32, torch.float16])
-SIZES = st.sampled_from([4, 12, 16, 32])
+SIZES = st.sampled_from([4, 12, 16, 24, 32])
 # Outputs are averages of values of size 1: some roundings of 2^-24 or 2^-11.
 TOLERANCE = {torch.float32: 2e-5, torch.float16: 4e-3}
 
@@ -85,7 +85,7 @@ def test_prefill_attention(device, data):
 
     draw = Drawn(data, device)
     length, past = data.draw(st.integers(1, 80)), data.draw(st.sampled_from([0, 0, 1, 33, 70]))
-    window = data.draw(st.sampled_from([None, 1, 9, 40]))
+    window = data.draw(st.sampled_from([None, 1, 9, 40, 100]))
     query = draw.tensor(draw.batch, length, draw.heads, draw.head_dim).transpose(1, 2)
     keys = draw.tensor(draw.batch, draw.kv_heads, past + length, draw.head_dim)
     values = draw.tensor(draw.batch, past + length, draw.kv_heads, draw.head_dim).transpose(1, 2)
