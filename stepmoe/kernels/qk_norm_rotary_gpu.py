@@ -9,6 +9,8 @@ from torch import Tensor
 from stepmoe.kernels.overlap_gpu import let_next_start, overlap, wait
 
 _ENTRIES = 1024  # of one head's tile
+_WARPS = 2  # of one program
+_STAGES = 4  # heads of which a program has asked for the entries
 
 
 def qk_norm_rotary(
@@ -36,12 +38,15 @@ def qk_norm_rotary(
     else:
         keys, values = into
     num_parts = num_heads + num_kv_heads * (1 if into is None else 2)
-    block_d = triton.next_power_of_2(head_dim)
-    block_t = min(max(1, _ENTRIES // block_d), triton.next_power_of_2(tokens))
     # Many tokens: one program does every head of its tokens, for one set of cosines. Few: a program
-    # a head, so that they run side by side.
-    parts_each = num_parts if tokens >= 64 * block_t else 1
+    # does one head of one token, so that they run side by side and a thread has one or two angles.
+    block_t = max(1, _ENTRIES // triton.next_power_of_2(head_dim))
+    are_many = tokens >= 64 * block_t
+    if not are_many:
+        block_t = 1
+    parts_each = num_parts if are_many else 1
     grid = (triton.cdiv(tokens, block_t), triton.cdiv(num_parts, parts_each))
+    half = frequencies.shape[0]
     _norm_rotate[grid](
         projected,
         projected.stride(0),
@@ -64,9 +69,12 @@ def qk_norm_rotary(
         PARTS_EACH=parts_each,
         INTO_CACHE=into is not None,
         SIZE=head_dim,
-        HALF=frequencies.shape[0],
+        HALF=half,
         BLOCK_T=block_t,
-        BLOCK_D=block_d,
+        BLOCK_H=triton.next_power_of_2(half),
+        BLOCK_R=triton.next_power_of_2(max(1, head_dim - 2 * half)),
+        STAGES=_STAGES if are_many else 1,
+        num_warps=_WARPS,
         **overlap(projected),
     )
     return query.transpose(1, 2), keys, values
@@ -101,47 +109,75 @@ def _norm_rotate(
     SIZE: tl.constexpr,
     HALF: tl.constexpr,
     BLOCK_T: tl.constexpr,
-    BLOCK_D: tl.constexpr,
+    BLOCK_H: tl.constexpr,
+    BLOCK_R: tl.constexpr,
+    STAGES: tl.constexpr,
     OVERLAPS: tl.constexpr,
 ):
-    """One program: BLOCK_T tokens, PARTS_EACH of the heads of queries, keys and values."""
+    """One program: BLOCK_T tokens, PARTS_EACH of the heads of queries, keys and values.
+
+    Entry i < HALF turns with entry i + HALF. So a head is three blocks: these two, and the rest.
+    """
     let_next_start(OVERLAPS)
     wait(OVERLAPS)
-    token = tl.program_id(0).to(tl.int64) * BLOCK_T + tl.arange(0, BLOCK_T)[:, None]
-    entry = tl.arange(0, BLOCK_D)[None, :]
-    inside = (token < tokens) & (entry < SIZE)
+    token = tl.program_id(0) * BLOCK_T + tl.arange(0, BLOCK_T)[:, None]
+    sequence, offset = (token // length).to(tl.int64), token % length
     start = tl.load(start_ptr)
-    position = start + token % length
-    slot = position % slots if INTO_CACHE else token % length
-
-    # Entry i < HALF turns with entry i + HALF; entries from 2 HALF on have angle 0 and no partner.
-    turns = entry < 2 * HALF
-    frequency = tl.load(frequencies_ptr + entry % HALF, mask=turns, other=0.0).to(tl.float32)
-    angle = position.to(tl.float32) * frequency
+    slot = offset
+    if INTO_CACHE:
+        slot = ((start % slots).to(tl.int32) + offset) % slots
+    turning, still = tl.arange(0, BLOCK_H)[None, :], tl.arange(0, BLOCK_R)[None, :] + 2 * HALF
+    turns, stays = (token < tokens) & (turning < HALF), (token < tokens) & (still < SIZE)
+    frequency = tl.load(frequencies_ptr + turning, mask=turning < HALF, other=0.0)
+    angle = (start + offset).to(tl.float32) * frequency.to(tl.float32)
     cos, sin = tl.cos(angle), tl.sin(angle)
-    partner = tl.where(entry < HALF, entry + HALF, tl.where(turns, entry - HALF, entry))
-    sin = tl.where(entry < HALF, -sin, sin)
 
-    for offset in range(PARTS_EACH):
-        part = tl.program_id(1) * PARTS_EACH + offset
-        row = projected_ptr + token * projected_stride + part * SIZE
-        x = tl.load(row + entry, mask=inside & (part < PARTS), other=0.0)
-        if part >= HEADS + KV_HEADS:
-            into = (token // length) * values_stride_b + slot * values_stride_s + entry
-            into += (part - HEADS - KV_HEADS) * values_stride_g
-            tl.store(values_ptr + into, x, mask=inside & (part < PARTS))
-        else:
-            wide = x.to(tl.float32)
-            scale = tl.rsqrt(tl.sum(wide * wide, axis=1) / SIZE + eps)[:, None]
+    first_part = tl.program_id(1) * PARTS_EACH
+    projected_ptr += token.to(tl.int64) * projected_stride
+    for part in tl.range(first_part, min(first_part + PARTS_EACH, PARTS), num_stages=STAGES):
+        row = projected_ptr + part * SIZE
+        first = tl.load(row + turning, mask=turns, other=0.0).to(tl.float32)
+        second = tl.load(row + turning + HALF, mask=turns, other=0.0).to(tl.float32)
+        rest = tl.zeros((BLOCK_T, BLOCK_R), tl.float32)
+        if 2 * HALF < SIZE:
+            rest = tl.load(row + still, mask=stays, other=0.0).to(tl.float32)
+        if part < HEADS + KV_HEADS:
+            squares = tl.sum(first * first + second * second, axis=1) + tl.sum(rest * rest, axis=1)
+            scale = tl.rsqrt(squares / SIZE + eps)[:, None]
             weight_ptr = q_weight_ptr if part < HEADS else k_weight_ptr
-            weight = tl.load(weight_ptr + entry, mask=entry < SIZE, other=0.0).to(tl.float32)
-            other_weight = tl.load(weight_ptr + partner, mask=entry < SIZE, other=0.0)
-            other = tl.load(row + partner, mask=inside, other=0.0).to(tl.float32)
-            turned = wide * (1.0 + weight) * cos
-            turned += other * (1.0 + other_weight.to(tl.float32)) * sin
-            y = (turned * scale).to(query_ptr.dtype.element_ty)
-            if part < HEADS:
-                tl.store(query_ptr + (token * HEADS + part) * SIZE + entry, y, mask=inside)
-            else:
-                into = (token // length) * keys_stride_b + slot * keys_stride_s + entry
-                tl.store(keys_ptr + into + (part - HEADS) * keys_stride_g, y, mask=inside)
+            first *= _one_plus(weight_ptr + turning, turns)
+            second *= _one_plus(weight_ptr + turning + HALF, turns)
+            rest *= _one_plus(weight_ptr + still, stays) * scale
+            turned = (first * cos - second * sin) * scale
+            second = (second * cos + first * sin) * scale
+            first = turned
+        if part < HEADS:
+            place = query_ptr + (token.to(tl.int64) * HEADS + part) * SIZE
+            _store(place, first, second, rest, turning, still, turns, stays, HALF, SIZE)
+        elif part < HEADS + KV_HEADS:
+            place = keys_ptr + sequence * keys_stride_b + slot * keys_stride_s
+            place += (part - HEADS) * keys_stride_g
+            _store(place, first, second, rest, turning, still, turns, stays, HALF, SIZE)
+        else:
+            place = values_ptr + sequence * values_stride_b + slot * values_stride_s
+            place += (part - HEADS - KV_HEADS) * values_stride_g
+            _store(place, first, second, rest, turning, still, turns, stays, HALF, SIZE)
+
+
+@triton.jit
+def _one_plus(weight_ptr, mask):
+    """1 + weight for every token of `mask`, so that each thread reads what it needs itself."""
+    weight_ptr = tl.broadcast_to(weight_ptr, mask.shape)
+    return 1.0 + tl.load(weight_ptr, mask=mask, other=0.0).to(tl.float32)
+
+
+@triton.jit
+def _store(
+    place, first, second, rest, turning, still, turns, stays, HALF: tl.constexpr, SIZE: tl.constexpr
+):
+    """A head's three blocks, rounded once."""
+    dtype = place.dtype.element_ty
+    tl.store(place + turning, first.to(dtype), mask=turns)
+    tl.store(place + turning + HALF, second.to(dtype), mask=turns)
+    if 2 * HALF < SIZE:
+        tl.store(place + still, rest.to(dtype), mask=stays)
