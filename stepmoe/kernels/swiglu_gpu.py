@@ -17,20 +17,15 @@ def clamped_swiglu(gate_up: Tensor, limit: float | None, num_rows: Tensor | None
     output = torch.empty(rows, size, dtype=gate_up.dtype, device=gate_up.device)
     if rows == 0:
         return output
-    # The widest power of two that divides the size: then no column needs a mask.
-    block = max(16, min(512, size & -size))
-    blocks = triton.cdiv(size, block)
-    block_rows = ENTRIES // block
-    _swiglu[(blocks * triton.cdiv(rows, block_rows),)](
+    _swiglu[(triton.cdiv(rows * size, ENTRIES),)](
         gate_up,
         output,
         num_rows,
         rows,
         limit or 0.0,
         SIZE=size,
-        BLOCKS=blocks,
-        ROWS=block_rows,
-        BLOCK=block,
+        WIDTH=min(8, size & -size),
+        ENTRIES=ENTRIES,
         CLAMPS=limit is not None,
         COUNTED=num_rows is not None,
         num_warps=WARPS,
@@ -56,22 +51,26 @@ def _swiglu(
     rows,
     limit,
     SIZE: tl.constexpr,
-    BLOCKS: tl.constexpr,
-    ROWS: tl.constexpr,
-    BLOCK: tl.constexpr,
+    WIDTH: tl.constexpr,
+    ENTRIES: tl.constexpr,
     CLAMPS: tl.constexpr,
     COUNTED: tl.constexpr,
 ):
-    """One program: ROWS x BLOCK entries of the output. The programs that share a row stand side by
-    side: together they read whole rows, and memory likes to be read in one piece."""
+    """One program: ENTRIES of the output, row after row, whatever the size of a row: what it reads
+    and writes lies in one piece of memory each, as memory likes it.
+
+    They are counted in groups of WIDTH, a power of two that divides SIZE: a thread reads one whole.
+    """
     if COUNTED:
         rows = tl.minimum(rows, tl.load(num_rows_ptr))
-    row = (tl.program_id(0) // BLOCKS * ROWS + tl.arange(0, ROWS)).to(tl.int64)[:, None]
-    column = tl.program_id(0) % BLOCKS * BLOCK + tl.arange(0, BLOCK)
+    in_row: tl.constexpr = SIZE // WIDTH
+    first = tl.program_id(0).to(tl.int64) * (ENTRIES // WIDTH)
+    group = (first % in_row).to(tl.int32) + tl.arange(0, ENTRIES // WIDTH)[:, None]
+    row = first // in_row + group // in_row
+    column = group % in_row * WIDTH + tl.arange(0, WIDTH)[None, :]
     inside = row < rows
-    if SIZE % BLOCK != 0:
-        inside &= column < SIZE
-    gate = tl.load(gate_up_ptr + row * 2 * SIZE + column, mask=inside, other=0.0).to(tl.float32)
-    up = tl.load(gate_up_ptr + row * 2 * SIZE + SIZE + column, mask=inside, other=0.0)
-    result = swiglu_entry(gate, up.to(tl.float32), limit, CLAMPS)
-    tl.store(output_ptr + row * SIZE + column, result.to(output_ptr.dtype.element_ty), mask=inside)
+    gate_ptr = gate_up_ptr + row * 2 * SIZE + column
+    gate = tl.load(gate_ptr, mask=inside, other=0.0).to(tl.float32)
+    up = tl.load(gate_ptr + SIZE, mask=inside, other=0.0).to(tl.float32)
+    result = swiglu_entry(gate, up, limit, CLAMPS).to(output_ptr.dtype.element_ty)
+    tl.store(output_ptr + row * SIZE + column, result, mask=inside)
