@@ -14,9 +14,10 @@ from torch import Tensor
 from triton.tools.tensor_descriptor import TensorDescriptor
 
 from stepmoe.kernels.block_scale import BLOCK, BlockScaled, ScaledRows
-from stepmoe.kernels.grouped_gpu import FEW_ROWS, Tile, find_tile
+from stepmoe.kernels.grouped_gpu import FEW_ROWS
 from stepmoe.kernels.permute import RowOrder
 from stepmoe.kernels.swiglu_gpu import swiglu_entry
+from stepmoe.kernels.tiles_gpu import Tile, find_tile
 
 # Chosen by measurement on an H200 (notebooks/results/h200_tuning.md). A step's own product takes
 # registers beside the sums, and more so if gate and up are one product, as in grouped_gpu.py.

@@ -1,14 +1,13 @@
-"""grouped.py on the GPU: a Triton kernel, and torch's grouped_mm for the second half of many rows.
+"""grouped.py on the GPU: a Triton kernel; the second half of many rows has grouped_many_gpu.py's.
 
 The kernel reads the tokens where they are and ends in SwiGLU: no copy of the tokens and no output
 of gate and up is ever written. With a few rows an expert the product reads weights and does little
-else; grouped_mm's tiles, made for many rows, leave much of the GPU idle then, and the kernel's cut
-the weights into more pieces.
+else; tiles made for many rows leave much of the GPU idle then, and those for few cut the weights
+into more pieces. float32 goes to torch's grouped_mm, and so does the second half of many rows on a
+GPU with less shared memory than an H100.
 """
 
 from __future__ import annotations
-
-from dataclasses import dataclass
 
 import torch
 import torch.nn.functional as F
@@ -17,32 +16,20 @@ import triton.language as tl
 from torch import Tensor
 from triton.tools.tensor_descriptor import TensorDescriptor
 
-from stepmoe.kernels import grouped
+from stepmoe.kernels import grouped, grouped_many_gpu
 from stepmoe.kernels.overlap_gpu import let_next_start, overlap, wait
 from stepmoe.kernels.permute import RowOrder, permute_rows
 from stepmoe.kernels.swiglu import clamped_swiglu
 from stepmoe.kernels.swiglu_gpu import swiglu_entry
+from stepmoe.kernels.tiles_gpu import Tile, find_tile
 
 FEW_ROWS = 4096  # most rows of a pass for which tiles of 16 rows are the best
-
-
-@dataclass(frozen=True)
-class Tile:
-    """What one program computes: `rows` of an expert x `columns`, in steps of `depth` inputs."""
-
-    rows: int
-    columns: int
-    depth: int
-    warps: int
-    stages: int
-
 
 # Chosen by measurement: many rows on an H200 (notebooks/results/h200_tuning.md), few on an H100
 # (h100_tuning.md).
 GATE_UP_FEW = Tile(rows=16, columns=32, depth=256, warps=4, stages=3)
 GATE_UP_MANY = Tile(rows=128, columns=128, depth=64, warps=8, stages=4)
 DOWN_FEW = Tile(rows=16, columns=128, depth=128, warps=4, stages=3)
-DOWN_MANY = Tile(rows=128, columns=256, depth=64, warps=8, stages=4)
 
 
 def gate_up_swiglu(
@@ -62,14 +49,14 @@ def gate_up_swiglu(
 def grouped_linear(rows: Tensor, weight: Tensor, order: RowOrder, start: int) -> Tensor:
     """See grouped.grouped_linear."""
     is_many = len(rows) > FEW_ROWS
-    # The later passes of many rows find hardly ever one (model/experts.py), and here that takes
-    # one launch, where grouped_mm takes three.
-    if rows.dtype is torch.float32 or (is_many and start == 0):
+    if rows.dtype is torch.float32 or (is_many and not grouped_many_gpu.fits(rows)):
         ends = order.ends_within(start, len(rows))
         return F.grouped_mm(rows, weight.transpose(-2, -1), offs=ends)
     output = rows.new_empty(len(rows), weight.shape[1])
-    tile = DOWN_MANY if is_many else DOWN_FEW
-    launch(rows.contiguous(), weight, order, start, output, tile)
+    if is_many:
+        grouped_many_gpu.launch(rows.contiguous(), weight, order, start, output)
+    else:
+        launch(rows.contiguous(), weight, order, start, output, DOWN_FEW)
     return output
 
 
@@ -119,27 +106,6 @@ def launch(
         num_stages=tile.stages,
         **overlap(x),
     )
-
-
-@triton.jit
-def find_tile(
-    tile, ends_ptr, start, count, LOCAL: tl.constexpr, BLOCK_E: tl.constexpr, ROWS: tl.constexpr
-):
-    """Expert, first row and end of its rows, for tile number `tile` of a pass; no row if past all.
-
-    Every expert with rows has ceil(rows / ROWS) tiles, one expert after the other.
-    """
-    expert = tl.arange(0, BLOCK_E)
-    ends = tl.load(ends_ptr + expert, mask=expert < LOCAL, other=0)
-    begins = tl.load(ends_ptr + expert - 1, mask=(expert > 0) & (expert < LOCAL), other=0)
-    ends = tl.minimum(tl.maximum(ends, start), start + count)
-    begins = tl.minimum(tl.maximum(begins, start), start + count)
-    tiles = (ends - begins + ROWS - 1) // ROWS
-    tiles_up_to = tl.cumsum(tiles, 0)
-    found = tl.sum((tiles_up_to <= tile).to(tl.int32), 0)
-    is_found = expert == found
-    first = tl.sum(tl.where(is_found, begins + (tile - tiles_up_to + tiles) * ROWS, 0), 0)
-    return found, first, tl.sum(tl.where(is_found, ends, 0), 0)
 
 
 @triton.jit

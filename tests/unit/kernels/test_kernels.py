@@ -3,6 +3,7 @@
 float16 and float32 here: the interpreter rounds to bfloat16 another way than a GPU does.
 """
 
+import contextlib
 import dataclasses
 from unittest import mock
 
@@ -131,6 +132,12 @@ def test_order_and_the_rows_there_and_back(device, data):
     exact = permute.unpermute_rows(rows.double(), order, weights.double(), start, None)
     found = permute_gpu.unpermute_rows(rows, order, weights, start, None)
     close(found, exact, dtype)
+    for limits in ({"_FEW_TOKENS": 0}, {"_FEW_TOKENS": 0, "_MANY_TOKENS": 0}):
+        with mock.patch.multiple(permute_gpu, **limits):
+            more = permute_gpu.unpermute_rows(rows, order, weights, start, None)
+            added = permute_gpu.unpermute_rows(rows, order, weights, start, x.clone())
+        assert torch.equal(more, found)
+        assert torch.equal(added, x + found)
     # Not nearer to float64 than an addition of its own would be, but the same: no rounding is left
     # out, so a variant's result does not depend on where it adds.
     onto = x.clone()
@@ -138,6 +145,28 @@ def test_order_and_the_rows_there_and_back(device, data):
     assert together is onto
     assert torch.equal(together, x + found)
     close(together, x.double() + exact, dtype)
+
+
+def ways_of_grouped_products():
+    """What to patch: for few rows; for many; for many with tiles so small that a program looks for
+    more a second time; for many on a GPU that has no memory for the second half's tiles."""
+    from stepmoe.kernels import grouped_gpu, grouped_many_gpu
+    from stepmoe.kernels.tiles_gpu import Tile
+
+    small = Tile(rows=16, columns=16, depth=32, warps=4, stages=3)
+    many = {"FEW_ROWS": 0}
+    return [
+        [mock.patch.object(grouped_gpu, "FEW_ROWS", 4096)],
+        [mock.patch.multiple(grouped_gpu, **many)],
+        [
+            mock.patch.multiple(grouped_gpu, GATE_UP_MANY=small, **many),
+            mock.patch.object(grouped_many_gpu, "TILE", small),
+        ],
+        [
+            mock.patch.multiple(grouped_gpu, **many),
+            mock.patch.object(grouped_many_gpu, "fits", return_value=False),
+        ],
+    ]
 
 
 @examples
@@ -154,13 +183,17 @@ def test_grouped_products(device, data):
     down = drawn(data, num_local, size, inner, scale=inner**-0.5, **half)
     start, count = data.draw(st.integers(0, ids.numel())), data.draw(st.integers(1, ids.numel()))
     filled = max(0, min(count, int(order.ends[-1]) - start))
+    way = data.draw(st.integers(0, 3))
 
     expected = grouped.gate_up_swiglu(x.double(), up.double(), order, start, count, limit)
-    found = grouped_gpu.gate_up_swiglu(x, up, order, start, count, limit)
-    close(found[:filled], expected[:filled], torch.float16)
-    found[filled:] = 0
-    expected = grouped.grouped_linear(found.double(), down.double(), order, start)
-    found = grouped_gpu.grouped_linear(found, down, order, start)
+    with contextlib.ExitStack() as patched:
+        for patch in ways_of_grouped_products()[way]:
+            patched.enter_context(patch)
+        found = grouped_gpu.gate_up_swiglu(x, up, order, start, count, limit)
+        close(found[:filled], expected[:filled], torch.float16)
+        expected = grouped.grouped_linear(found.double(), down.double(), order, start)
+        found[filled:] = torch.nan  # what nobody computed must not reach a row that counts
+        found = grouped_gpu.grouped_linear(found, down, order, start)
     close(found[:filled], expected[:filled], torch.float16)
 
 
