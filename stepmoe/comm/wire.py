@@ -2,11 +2,13 @@
 
 A simulated rank (`ParallelConfig(simulate_rank=...)`) computes what a real one would, and its peers
 send nothing. What it cannot know is filled with what it has: a sum stays this rank's own addend,
-and the tokens of other ranks are its own with their features shifted. Shapes, dtypes and the work
-that follows are those of a real rank; values are not the model's.
+and the tokens of other ranks are its own with the signs of some features turned. Shapes, dtypes
+and the work that follows are those of a real rank; values are not the model's.
 """
 
 from __future__ import annotations
+
+import functools
 
 import torch
 import torch.distributed as dist
@@ -39,17 +41,23 @@ def reduce_scatter(own: Tensor, whole: Tensor, group: RankGroup) -> None:
 def all_gather(whole: Tensor, own: Tensor, group: RankGroup) -> None:
     """Fill whole (n T_local, D) with every rank's own (T_local, D).
 
-    Simulated: the others' are this rank's with their features shifted in a ring, differently for
+    Simulated: the others' are this rank's with the signs of some features turned, differently for
     each. The router then sees as many different tokens as a real one would. (With plain copies a
     decode step of 64 tokens had 8 different ones, read the weights of few experts and was 1.8 times
     too fast.)
     """
     if group.simulated:
         (tokens, size), ranks = own.shape, group.size
-        three = torch.cat([own] * 3, dim=1)  # wherever a row is begun, it goes on
-        step = size // ranks
-        begin = size - group.index * step  # so that this rank's own part is not shifted
-        shifted = three.as_strided((ranks, tokens, size), (step, 3 * size, 1), begin)
-        whole.view(ranks, tokens, size).copy_(shifted)
+        signs = _signs(ranks, group.index, size, own.dtype, own.device)
+        torch.mul(own, signs[:, None], out=whole.view(ranks, tokens, size))
     else:
         _all_gather(whole, own, group=group.process_group)
+
+
+@functools.cache
+def _signs(ranks: int, index: int, size: int, dtype: torch.dtype, device: torch.device) -> Tensor:
+    """(ranks, size) of random 1 and -1, in row `index` 1 alone."""
+    random = torch.Generator().manual_seed(ranks)
+    signs = 1 - 2 * torch.randint(2, (ranks, size), generator=random)
+    signs[index] = 1
+    return signs.to(device, dtype)

@@ -13,6 +13,7 @@ from stepmoe.comm.ledger import Ledger
 from stepmoe.generation import DecodeGraph, graph_for, next_tokens
 from stepmoe.measure.replays import split_replays
 from stepmoe.measure.rounds import split_call, time_call
+from stepmoe.measure.stand_ins import stand_in_seconds
 from stepmoe.measure.step_times import SPLITS, StepTimes
 from stepmoe.measure.workload import ThroughputPlan
 from stepmoe.model.kv_cache import KVCache
@@ -44,6 +45,7 @@ def decode_in_turn(
         with Ledger() as ledger:  # the first step reserves the cache's slots
             runs[name]()
         kinds[name].note(ledger)
+        kinds[name].stand_in = stand_in_seconds(ledger, model.comm.group, device)
     _fill(cache, plan.seed)
     for number in range(work.decode_steps):
         for name in plan.order(number):

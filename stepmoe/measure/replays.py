@@ -64,13 +64,13 @@ def split_replays(
         file = Path(folder) / "trace.json"
         profiler.export_chrome_trace(str(file))
         own = replays_of(json.loads(file.read_text()))
-    every: list[list[Replay]] = [own]
+    every, place = [own], 0  # a simulated rank, whatever its number, is the only one that was seen
     if group.process_group is not None:
-        every = [own for _ in range(group.size)]
+        every, place = [own for _ in range(group.size)], group.index
         dist.all_gather_object(every, own, group=group.process_group)
     if problem := _problem(every, count, group, collectives):
         return [], f"decode steps were not split: {problem}"
-    return [split_of([rank[i] for rank in every], group.index) for i in range(count)], ""
+    return [split_of([rank[i] for rank in every], place) for i in range(count)], ""
 
 
 def replays_of(trace: dict[str, Any]) -> list[Replay]:

@@ -20,6 +20,7 @@ from stepmoe.measure.environment import Place, look_around
 from stepmoe.measure.prefilling import Prefills, prompts_of
 from stepmoe.measure.rounds import share_weights, split_call
 from stepmoe.measure.source import load
+from stepmoe.measure.stand_ins import stand_in_seconds
 from stepmoe.measure.step_times import SPLITS, StepTimes
 from stepmoe.measure.workload import ThroughputPlan
 from stepmoe.mini.load import RouterLoad
@@ -132,6 +133,7 @@ def _watch(model: Step3p5ForCausalLM, plan: ThroughputPlan) -> tuple[StepTimes, 
         next_tokens(model, ids, model.new_cache(batch.length))
     counter.close()
     steps.note(ledger)
+    steps.stand_in = stand_in_seconds(ledger, model.comm.group, ids.device)
 
     def run() -> object:
         return next_tokens(model, ids, model.new_cache(batch.length))

@@ -23,11 +23,8 @@ class StepTimes:
         batch, length, context: sequences, new tokens of each, tokens that were in the cache.
         seconds: of every step, in order.
         counts, sent: collectives of one step, by kind, and {(op, bytes): how many}.
-        stand_in: seconds of one step that the copies which stand in for a simulated rank's
-            collectives took: a real rank has the collectives' time instead. 0 on a real rank, and
-            of sums, for which nothing stands in. NaN in decode where a CUDA graph replays them:
-            nothing times them there, and they count as compute. In prefill they are timed in a
-            step launched by the host, whose launches, some µs each, are then in it.
+        stand_in: seconds of one step for what stands in for a simulated rank's collectives
+            (stand_ins.py); 0 on a real rank.
         is_graph: steps that were replayed from a CUDA graph; of prefill, the full ones.
         splits: where the time of some such steps went, timed apart.
         remark: why there are none.
@@ -50,15 +47,6 @@ class StepTimes:
         """Keep what one such step sent; of prefill, one launched by the host."""
         self.counts, self.bytes_sent = ledger.counts(), ledger.bytes_sent()
         self.sent = dict(Counter((entry.op, entry.bytes) for entry in ledger.entries))
-        # A sum stays as it is, so its seconds are the ledger's own clock; and what the fused
-        # operation adds and normalises, a real rank does too.
-        times = [
-            entry.seconds
-            for entry in ledger.entries
-            if entry.implementation == "simulated" and entry.op in ("all_gather", "reduce_scatter")
-        ]
-        untimed = self.is_graph and self.phase == "decode"
-        self.stand_in = float("nan") if times and untimed else float(sum(times))
 
 
 def mean_parts(ranks: Sequence[StepTimes]) -> dict[str, float]:

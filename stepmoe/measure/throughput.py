@@ -67,10 +67,8 @@ def compare_throughput(
             list of {"op", "bytes", "count"}.
         memory, weights: peak and weights of the rank that holds most, in bytes. A replayed prefill
             step counts with what it took while it was captured, which its graph keeps.
-        stand_in: seconds of a step that the copies which stand in for a simulated rank's
-            collectives take, and which are in `median`; in prefill by a step launched by the host,
-            where each is a launch, some µs, longer than in a graph. NaN in decode where a CUDA
-            graph replays them: they are then in `compute` as well.
+        stand_in: seconds of a step for what stands in for a simulated rank's all-gathers and
+            reduce-scatters; they are in `median`, and of replayed decode steps in `compute` too.
         is_graph: whether the steps of `median` were replayed from a CUDA graph: all decode steps,
             or all full prefill steps. Others of prefill, shorter or of fewer prompts, and the
             decode steps of `output_len`, were launched by the host.

@@ -3,9 +3,12 @@
 import random
 
 import pytest
+import torch
 
 from stepmoe.comm.groups import RankGroup
+from stepmoe.measure import replays
 from stepmoe.measure.replays import _problem, replays_of, split_of
+from stepmoe.measure.rounds import Split
 
 NAMES = ("ncclDevKernel_AllReduce_Sum_bf16_RING_LL", "one_shot_kernel", "gemm", "_two_shot_kernel")
 
@@ -67,3 +70,17 @@ def test_profiles_that_do_not_fit_together_are_refused():
     assert _problem([silent], 2, RankGroup("tp", (0,)), 0) == ""
     simulated = RankGroup("tp", (0, 1), simulated=True)
     assert _problem([silent], 2, simulated, 3) == ""
+
+
+def test_a_simulated_rank_s_replays_are_its_own_whatever_its_number(monkeypatch):
+    profile, activities = torch.profiler.profile, [torch.profiler.ProfilerActivity.CPU]
+    monkeypatch.setattr(torch.profiler, "profile", lambda **_: profile(activities=activities))
+    monkeypatch.setattr(torch.cuda, "synchronize", lambda device: None)
+    silent = [replays.Replay(0.5, []), replays.Replay(0.25, [])]
+    monkeypatch.setattr(replays, "replays_of", lambda trace: silent)
+    group = RankGroup("tp", (0, 1, 2, 3), index=3, simulated=True)
+    splits, problem = replays.split_replays(
+        lambda: None, lambda: None, torch.device("cpu"), group, 2, collectives=7
+    )
+    assert problem == ""
+    assert splits == [Split(0.5, 0.0, 0), Split(0.25, 0.0, 0)]
