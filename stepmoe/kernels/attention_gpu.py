@@ -25,6 +25,10 @@ _GATED = 16  # heads of one program that applies the gate alone
 # softmax, others multiply. They are small enough only if no thread computes addresses.
 _DESCRIBED = Tile(64, 32, 4, 2, registers=128)
 _DESCRIBED_FULL = Tile(128, 64, 8, 2, registers=128)  # without a window: more keys a row
+# Too few programs for that: larger steps, without a limit of registers. An H200 took 26 us for
+# 2 x 600 tokens in the tiles above, 20 in tiles like this one (by pointers).
+_DESCRIBED_FEW = Tile(128, 64, 8, 3)
+_FEW = 2 * 132  # programs of these, by which an H200's multiprocessors have two each
 _POINTED = Tile(128, 64, 8, 3)
 _WIDE = Tile(64, 32, 4, 2)  # of heads of more than 128 entries, which fill registers and memory
 _EXACT = Tile(32, 32, 4, 2)  # of float32, which is twice as large
@@ -50,6 +54,8 @@ def prefill_attention(
         _gate(attended, gate, out)
     elif not is_exact and head_dim <= 128 and _can_describe(query, keys, values):
         tile = _DESCRIBED_FULL if window is None else _DESCRIBED
+        if batch * triton.cdiv(length * num_heads, _DESCRIBED_FEW.rows) < _FEW:
+            tile = _DESCRIBED_FEW
         _launch(query, keys, values, gate, out, window, tile, is_described=True)
     else:
         tile = _EXACT if is_exact else _POINTED if head_dim <= 128 else _WIDE

@@ -38,11 +38,16 @@ class Drawn:
         torch.testing.assert_close(found.double(), expected, atol=tolerance, rtol=tolerance)
 
 
+@pytest.mark.parametrize("many_programs", [1, 128])  # 1: often a program does every head
 @examples
 @given(data=st.data())
-def test_q_and_k_are_normalised_and_rotated_and_keys_and_values_kept(device, data):
+def test_q_and_k_are_normalised_and_rotated_and_keys_and_values_kept(
+    device, monkeypatch, many_programs, data
+):
     from stepmoe.kernels import qk_norm_rotary_gpu
 
+    monkeypatch.setattr(qk_norm_rotary_gpu, "_MANY", qk_norm_rotary_gpu.Cut(64, 2, 4))
+    monkeypatch.setattr(qk_norm_rotary_gpu, "_MANY_PROGRAMS", many_programs)
     draw = Drawn(data, device)
     length, past = data.draw(st.integers(1, 9)), data.draw(st.integers(0, 300))
     size = (draw.heads + 2 * draw.kv_heads) * draw.head_dim
@@ -78,11 +83,13 @@ def test_q_and_k_are_normalised_and_rotated_and_keys_and_values_kept(device, dat
     assert found[2] is kept[1]
 
 
+@pytest.mark.parametrize("few", [0, 264])  # programs: which tiles are taken
 @examples
 @given(data=st.data())
-def test_prefill_attention(device, data):
+def test_prefill_attention(device, monkeypatch, few, data):
     from stepmoe.kernels import attention_gpu
 
+    monkeypatch.setattr(attention_gpu, "_FEW", few)
     draw = Drawn(data, device)
     length, past = data.draw(st.integers(1, 80)), data.draw(st.sampled_from([0, 0, 1, 33, 70]))
     window = data.draw(st.sampled_from([None, 1, 9, 40, 100]))
