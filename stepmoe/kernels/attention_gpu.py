@@ -25,10 +25,11 @@ _GATED = 16  # heads of one program that applies the gate alone
 # softmax, others multiply. They are small enough only if no thread computes addresses.
 _DESCRIBED = Tile(64, 32, 4, 2, registers=128)
 _DESCRIBED_FULL = Tile(128, 64, 8, 2, registers=128)  # without a window: more keys a row
-# Too few programs for that: larger steps, without a limit of registers. An H200 took 26 us for
-# 2 x 600 tokens in the tiles above, 20 in tiles like this one (by pointers).
-_DESCRIBED_FEW = Tile(128, 64, 8, 3)
-_FEW = 2 * 132  # programs of these, by which an H200's multiprocessors have two each
+# Too few programs for that: more keys a step, more steps ahead, no limit of registers. An H200 took
+# 25.7 us for 2 x 600 tokens in the tiles above, 14.9 in this one, 19.1 in one of 128 rows. Two
+# share a multiprocessor. Up to 500 programs were timed; it was the fastest for these as well.
+_DESCRIBED_FEW = Tile(64, 64, 4, 3)
+_FEW = 4 * 132  # programs of these, by which an H200's multiprocessors have had two each, twice
 _POINTED = Tile(128, 64, 8, 3)
 _WIDE = Tile(64, 32, 4, 2)  # of heads of more than 128 entries, which fill registers and memory
 _EXACT = Tile(32, 32, 4, 2)  # of float32, which is twice as large

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import statistics
 from collections.abc import Callable, Iterator
 
@@ -11,6 +12,7 @@ from stepmoe.comm.graphs import capture
 from stepmoe.measure.clock import seconds_of
 
 _REPEATS = 11
+_PAIRS = 15  # of the runs that are compared
 
 
 class Flush:
@@ -26,10 +28,28 @@ class Flush:
         run()
         return statistics.median(self._times(run))
 
+    def median_difference(
+        self, longer: Callable[[], object], shorter: Callable[[], object]
+    ) -> float:
+        """Median seconds that `longer` takes more than `shorter`, of runs in turn.
+
+        Each run is compared with those just before and after it, so that what slows down a stretch
+        of runs of both (a busy host, a lower clock) drops out.
+        """
+        longer()
+        shorter()
+        times = [(self._time(longer), self._time(shorter)) for _ in range(_PAIRS)]
+        within = [more - less for more, less in times]
+        between = [more - less for (_, less), (more, _) in itertools.pairwise(times)]
+        return statistics.median(within + between)
+
     def _times(self, run: Callable[[], object]) -> Iterator[float]:
         for _ in range(_REPEATS):
-            self._other.zero_()
-            yield seconds_of(run, self._device)
+            yield self._time(run)
+
+    def _time(self, run: Callable[[], object]) -> float:
+        self._other.zero_()
+        return seconds_of(run, self._device)
 
 
 def graph_of(run: Callable[[], object]) -> Callable[[], object]:
