@@ -31,7 +31,7 @@ MODEL_ERROR = 0.11
 #: The published workload: tokens of a step are those of its best launch, for the others inferred.
 TOKENS, RANKS, BEFORE, AFTER, BEST = 16384, 8, 46e3, 56e3, 63_213.0
 #: Variants that differ in what they send, and above sglang's gate in nothing else, but for
-#: three_all_reduces' addition of its two sums: 1.7 ms of 119 on an H200.
+#: three_all_reduces' addition of its two sums: 0.7 and 1.7 ms of some 118 in two runs on H200s.
 SAME_COMPUTE = ("three_all_reduces", "deferred", "fused")
 
 
