@@ -15,9 +15,9 @@ positions, -1 where another rank has the expert. Read in the source of 0.6.13:
   uses, and between two calls the group must run another collective, which no rank leaves before
   all have left the first call. A layer has one: that of its attention.
 
-With that release it was right on one H200 that 2, 4 or 8 ranks shared; in a CUDA graph it has not
-been tested. Its speed has not been measured here: FlashInfer #2269 reports a gain for 6 tokens of
-DeepSeek-V3, and a loss from 16 on. So it is an extra: `FusedLayer` never asks for it.
+With that release it was right on one H200 that 2, 4 or 8 ranks shared, also in a CUDA graph. Its
+speed has not been measured here: FlashInfer #2269 reports a gain for 6 tokens of DeepSeek-V3, and a
+loss from 16 on. So it is an extra: `FusedLayer` never asks for it.
 """
 
 from __future__ import annotations
