@@ -21,11 +21,11 @@ class Cut(NamedTuple):
 
 # Few tokens: a program does one head of some tokens, so that heads run side by side: of 128 entries
 # those of 4 tokens, two angles a thread. Fewer make too many programs: on an H200, one of each
-# token and head took 4.9 us for 256 tokens, of 8 tokens 2.8.
+# token and head took 4.8 us for 256 tokens, of 4 tokens 2.7.
 _FEW = Cut(512, 4, 1)
 # Many: a program does every head of its tokens, for one set of cosines, from about twice as many
 # programs as an H200 has multiprocessors on. Of a prefill with 2 x 600 tokens (150 programs) and 8
-# heads a head a program took 7.0 us, every head 8.4; with 2 x 8192 and 12 heads 67.9 and 36.8.
+# heads a head a program took 7.0 us, every head 8.6; with 2 x 8192 and 12 heads 67.9 and 36.8.
 # Between these nothing was timed.
 _MANY = Cut(1024, 2, 4)
 _MANY_PROGRAMS = 256
