@@ -228,7 +228,8 @@ def _attend(
         queries = tl.reshape(query.load([b, tile * ROWS, 0]), (ROWS, BLOCK_D))
     else:
         inside = (token < length)[:, None] & (entry < SIZE)[None, :]
-        place = query + wide_b * query_stride_b + head * query_stride_h + token * query_stride_l
+        place = query + wide_b * query_stride_b + head * query_stride_h
+        place += token.to(tl.int64) * query_stride_l
         queries = tl.load(place[:, None] + entry[None, :], mask=inside, other=0.0)
         keys += wide_b * keys_stride_b + g * keys_stride_g
         values += wide_b * values_stride_b + g * values_stride_g
