@@ -16,6 +16,7 @@ import triton.language as tl
 from torch import Tensor
 from triton.tools.tensor_descriptor import TensorDescriptor
 
+from stepmoe.kernels.overlap_gpu import is_hopper_or_newer
 from stepmoe.kernels.softmax_gpu import HIDDEN, Tile, absorb, block_d
 
 _LONG = 2048  # tokens of a prompt from which torch's own kernel runs under a full layer
@@ -31,7 +32,9 @@ _DESCRIBED_FULL = Tile(128, 64, 8, 2, registers=128)  # without a window: more k
 _DESCRIBED_FEW = Tile(64, 64, 4, 3)
 _FEW = 4 * 132  # programs of these, by which an H200's multiprocessors have had two each, twice
 _POINTED = Tile(128, 64, 8, 3)
-_WIDE = Tile(64, 32, 4, 2)  # of heads of more than 128 entries, which fill registers and memory
+_POINTED_MEMORY = 132 * 1024  # what that takes, compiled for an H100 or B200; elsewhere less
+# Of heads of more than 128 entries, which fill registers and memory; and of GPUs with less memory.
+_WIDE = Tile(64, 32, 4, 2)
 _EXACT = Tile(32, 32, 4, 2)  # of float32, which is twice as large
 
 
@@ -59,7 +62,9 @@ def prefill_attention(
             tile = _DESCRIBED_FEW
         _launch(query, keys, values, gate, out, window, tile, is_described=True)
     else:
-        tile = _EXACT if is_exact else _POINTED if head_dim <= 128 else _WIDE
+        tile = _EXACT if is_exact else _WIDE
+        if not is_exact and head_dim <= 128 and _has_memory(query):
+            tile = _POINTED
         _launch(query, keys, values, gate, out, window, tile, is_described=False)
     return out
 
@@ -69,7 +74,8 @@ def _can_describe(query: Tensor, keys: Tensor, values: Tensor) -> bool:
     all three: from places and with strides of whole 16 bytes."""
     _, num_heads, _, head_dim = query.shape
     return (
-        keys.shape[1] == 1
+        _has_copies(query)
+        and keys.shape[1] == 1
         and query.stride()[1:] == (head_dim, num_heads * head_dim, 1)
         and all(
             x.stride(3) == 1
@@ -78,6 +84,21 @@ def _can_describe(query: Tensor, keys: Tensor, values: Tensor) -> bool:
             for x in (query, keys, values)
         )
     )
+
+
+def _has_copies(query: Tensor) -> bool:
+    """Whether there is such hardware. Before Hopper there is none, and with the addresses that
+    Triton then computes for a descriptor, registers do not suffice."""
+    return not query.is_cuda or is_hopper_or_newer(query)  # not on a GPU: the interpreter
+
+
+def _has_memory(query: Tensor) -> bool:
+    """Whether a multiprocessor has room for _POINTED: all but GPUs of compute capability 8.6, 8.9
+    and 12, which have 100 KiB."""
+    if not query.is_cuda:  # the interpreter
+        return True
+    properties = torch.cuda.get_device_properties(query.device)
+    return properties.shared_memory_per_multiprocessor >= _POINTED_MEMORY
 
 
 def _launch(

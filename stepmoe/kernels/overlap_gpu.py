@@ -19,13 +19,18 @@ from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
 
 def overlap(x: Tensor) -> dict[str, bool]:
     """Options of the launch of a kernel that has the argument OVERLAPS and calls `wait`."""
-    overlaps = x.is_cuda and _can_overlap(x.device)
+    overlaps = is_hopper_or_newer(x)
     return {"OVERLAPS": overlaps, "launch_pdl": overlaps}
 
 
+def is_hopper_or_newer(x: Tensor) -> bool:
+    """Whether x is on a GPU whose hardware lets kernels overlap, and copies tiles by descriptor."""
+    return x.is_cuda and _capability(x.device) >= (9, 0)
+
+
 @functools.cache
-def _can_overlap(device: torch.device) -> bool:
-    return torch.cuda.get_device_capability(device) >= (9, 0)
+def _capability(device: torch.device) -> tuple[int, int]:
+    return torch.cuda.get_device_capability(device)
 
 
 @triton.jit

@@ -83,13 +83,18 @@ def test_q_and_k_are_normalised_and_rotated_and_keys_and_values_kept(
     assert found[2] is kept[1]
 
 
-@pytest.mark.parametrize("few", [0, 528])  # programs: which tiles are taken
+# What decides which tiles are taken: programs, hardware that copies by descriptor, and memory.
+@pytest.mark.parametrize(
+    ("few", "copies", "memory"), [(0, True, True), (528, True, True), (0, False, False)]
+)
 @examples
 @given(data=st.data())
-def test_prefill_attention(device, monkeypatch, few, data):
+def test_prefill_attention(device, monkeypatch, few, copies, memory, data):
     from stepmoe.kernels import attention_gpu
 
     monkeypatch.setattr(attention_gpu, "_FEW", few)
+    monkeypatch.setattr(attention_gpu, "_has_copies", lambda query: copies)
+    monkeypatch.setattr(attention_gpu, "_has_memory", lambda query: memory)
     draw = Drawn(data, device)
     length, past = data.draw(st.integers(1, 80)), data.draw(st.sampled_from([0, 0, 1, 33, 70]))
     window = data.draw(st.sampled_from([None, 1, 9, 40, 100]))
